@@ -1,0 +1,53 @@
+#ifndef SIMPO_WORKER_COORDINATOR_CLIENT_H_
+#define SIMPO_WORKER_COORDINATOR_CLIENT_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+
+namespace simpo {
+
+// A rank's line to the coordinator: heartbeats from a thread of its own, step reports, events, and
+// commands back. Never blocks training and never fails it: while the coordinator is away, reports
+// wait (those of rank 0 are in metrics.jsonl anyway) and are replayed when it is back.
+// Thread-safe.
+class CoordinatorClient {
+ public:
+  struct Options {
+    std::string address;                  // HOST:PORT, used until address_file says otherwise
+    std::filesystem::path address_file;   // read again at every reconnect; may be empty
+    std::string job_id;
+    int attempt = 1;
+    std::string secret;                   // of the attempt
+    int rank = 0;
+    int world_size = 1;
+    std::filesystem::path metrics_path;       // rank 0: where metrics.jsonl is, for the replay
+    std::filesystem::path eval_metrics_path;  // rank 0
+  };
+  enum class Command { kCheckpoint, kStop };
+
+  static std::unique_ptr<CoordinatorClient> Start(Options options);
+  virtual ~CoordinatorClient() = default;
+
+  // The state that heartbeats carry.
+  virtual void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) = 0;
+  // One line of metrics.jsonl (split "train") or eval_metrics.jsonl ("eval"). Rank 0 only.
+  virtual void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) = 0;
+  // Event types are those of proto WorkerEvent.
+  virtual void ReportEvent(std::string_view type, std::string_view message, int64_t step) = 0;
+  // The next command that has come, if any.
+  virtual std::optional<Command> TakeCommand() = 0;
+  // Sends `finished` (or `error`) and waits until all reports are acknowledged, at most `timeout_ms`.
+  virtual void Finish(int exit_code, std::string_view message, int timeout_ms) = 0;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_WORKER_COORDINATOR_CLIENT_H_

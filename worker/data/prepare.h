@@ -1,0 +1,49 @@
+#ifndef SIMPO_WORKER_DATA_PREPARE_H_
+#define SIMPO_WORKER_DATA_PREPARE_H_
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/job_config.h"
+
+namespace simpo {
+
+// What happened to the rows of one split.
+struct DataReport {
+  int64_t rows = 0;
+  int64_t pairs = 0;                        // kept
+  std::map<std::string, int64_t> dropped;   // reason -> rows
+  int64_t truncated = 0;
+  double mean_prompt_tokens = 0, mean_chosen_tokens = 0, mean_rejected_tokens = 0;
+  int64_t longest_sequence = 0;
+  double shared_prefix_share = 0;           // common prefix tokens / all tokens of both sequences
+  std::string ToString() const;             // a few lines for a log
+};
+
+// The result of preparing a job: files that every rank maps, and facts about the tokenizer.
+struct PreparedData {
+  std::filesystem::path train_cache;                // see TokenizedDataset
+  std::optional<std::filesystem::path> eval_cache;  // absent when there is no evaluation split
+  DataReport train_report;
+  std::optional<DataReport> eval_report;
+  std::string chat_template;         // the effective template's text; empty when rows are plain strings
+  std::string chat_template_source;  // "job file", "tokenizer_config.json", "default of llama", "ChatML"
+  std::vector<std::string> notes;    // e.g. "no evaluation split: none of test, test_prefs in ..."
+};
+
+// Reads, checks and tokenises the job's data with its tokenizer and chat template, in parallel,
+// into `cache_dir`, under names that hash the data, tokenizer, template and rules: a second call
+// with the same inputs finds the files and does nothing. One process at a time works on a cache
+// entry (file lock). `progress` (may be empty) is told of rows done and rows in all.
+// Errors: INVALID_ARGUMENT for bad rows and templates (file and line number), NOT_FOUND for files.
+absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const std::filesystem::path& cache_dir,
+                                         const std::function<void(int64_t, int64_t)>& progress);
+
+}  // namespace simpo
+
+#endif  // SIMPO_WORKER_DATA_PREPARE_H_
