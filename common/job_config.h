@@ -114,7 +114,7 @@ struct JobKey {
 };
 
 // Every key that a job file may contain, in the order of the help.
-std::span<const JobKey> JobKeys();
+std::vector<JobKey> JobKeys();
 
 // The text of `simpoctl help job-file`.
 std::string JobFileHelp();

@@ -30,8 +30,8 @@ struct ParsedJob {
 };
 
 // Parses and checks a job file. Never stops at the first mistake: every violation is reported,
-// each with its line and, for an unknown key, the nearest known one. Reads nothing but `yaml`
-// (whether paths exist is checked where the data will be read). Thread-safe.
+// each with its line and, for an unknown key, the nearest known one. Reads only `yaml`
+// (and looks which input paths exist). Thread-safe.
 ParsedJob ParseJobYaml(std::string_view yaml, const JobParseOptions& options);
 
 // As ParseJobYaml, with violations turned into one INVALID_ARGUMENT whose message lists them all,

@@ -21,11 +21,11 @@ namespace simpo {
 class CoordinatorClient {
  public:
   struct Options {
-    std::string address;                  // HOST:PORT, used until address_file says otherwise
-    std::filesystem::path address_file;   // read again at every reconnect; may be empty
+    std::string address;                 // HOST:PORT, used until address_file says otherwise
+    std::filesystem::path address_file;  // read again at every reconnect; may be empty
     std::string job_id;
     int attempt = 1;
-    std::string secret;                   // of the attempt
+    std::string secret;  // of the attempt
     int rank = 0;
     int world_size = 1;
     std::filesystem::path metrics_path;       // rank 0: where metrics.jsonl is, for the replay
@@ -38,13 +38,16 @@ class CoordinatorClient {
 
   // The state that heartbeats carry.
   virtual void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) = 0;
-  // One line of metrics.jsonl (split "train") or eval_metrics.jsonl ("eval"). Rank 0 only.
-  virtual void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) = 0;
+  // One line of metrics.jsonl (split "train") or eval_metrics.jsonl ("eval"), which must be in the
+  // file by now: that is where it is sent from. Rank 0 only.
+  virtual void ReportStep(std::string_view split, int64_t step,
+                          const std::map<std::string, double>& values) = 0;
   // Event types are those of proto WorkerEvent.
   virtual void ReportEvent(std::string_view type, std::string_view message, int64_t step) = 0;
   // The next command that has come, if any.
   virtual std::optional<Command> TakeCommand() = 0;
-  // Sends `finished` (or `error`) and waits until all reports are acknowledged, at most `timeout_ms`.
+  // Sends `finished` (or `error`) and waits until all reports are acknowledged, at most
+  // `timeout_ms`.
   virtual void Finish(int exit_code, std::string_view message, int timeout_ms) = 0;
 };
 

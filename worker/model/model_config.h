@@ -17,8 +17,8 @@ struct RopeConfig {
   double theta = 10000.0;
   std::string type = "default";  // default, linear, llama3
   double factor = 1.0;
-  double low_freq_factor = 1.0;   // llama3
-  double high_freq_factor = 4.0;  // llama3
+  double low_freq_factor = 1.0;                  // llama3
+  double high_freq_factor = 4.0;                 // llama3
   int64_t original_max_position_embeddings = 0;  // llama3
 };
 
@@ -39,7 +39,7 @@ struct ModelConfig {
   bool tie_word_embeddings = false;
   bool attention_bias = false;  // on q, k, v and o
   bool mlp_bias = false;
-  std::string dtype = "float32";  // of the stored weights: float32, bfloat16, float16
+  std::string dtype = "float32";       // of the stored weights: float32, bfloat16, float16
   std::vector<int64_t> eos_token_ids;  // of config.json or generation_config.json
   std::optional<int64_t> bos_token_id;
   std::optional<int64_t> pad_token_id;
@@ -50,10 +50,10 @@ struct ModelConfig {
 
 // One weight tensor of a model.
 struct WeightSpec {
-  std::string name;            // as in a HF checkpoint: "model.layers.0.self_attn.q_proj.weight"
+  std::string name;  // as in a HF checkpoint: "model.layers.0.self_attn.q_proj.weight"
   std::vector<int64_t> shape;
-  int64_t layer = 0;           // -1: embeddings; 0..num_layers-1; num_layers: final norm and head
-  bool decay = true;           // weight decay applies (not to biases and norms)
+  int64_t layer = 0;  // -1: embeddings; 0..num_layers-1; num_layers: final norm and head
+  bool decay = true;  // weight decay applies (not to biases and norms)
 };
 
 // Every weight of the model, in bucket order: embeddings, layers from first to last, head.

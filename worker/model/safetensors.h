@@ -1,6 +1,8 @@
 #ifndef SIMPO_WORKER_MODEL_SAFETENSORS_H_
 #define SIMPO_WORKER_MODEL_SAFETENSORS_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -9,8 +11,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -37,7 +37,8 @@ class SafetensorsFile {
   const std::vector<SafetensorsEntry>& entries() const { return entries_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const SafetensorsEntry* Find(std::string_view name) const;
-  // The tensor as a view of the mapped file; valid while this object lives; never write to it.
+  // The tensor as a view of the mapped file (a copy where the file does not align it); valid while
+  // this object lives; never write to it.
   at::Tensor View(const SafetensorsEntry& entry) const;
 
  private:
@@ -57,21 +58,26 @@ class ModelWeightsReader {
   bool Has(std::string_view name) const;
   std::vector<std::string> Names() const;
   // A view of the mapped file in the file's own dtype; NOT_FOUND and INVALID_ARGUMENT (another
-  // shape than `shape`) name the folder, file and tensor.
+  // shape than `shape`, or no floating-point weights) name the folder, file and tensor.
   absl::StatusOr<at::Tensor> Get(std::string_view name, at::IntArrayRef shape) const;
 
  private:
+  ModelWeightsReader() = default;
+  absl::Status OpenIndexed();
+
   std::filesystem::path dir_;
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
-  std::map<std::string, std::pair<const SafetensorsFile*, const SafetensorsEntry*>, std::less<>> by_name_;
+  std::map<std::string, std::pair<const SafetensorsFile*, const SafetensorsEntry*>, std::less<>>
+      by_name_;
 };
 
 // Writes tensors (any device, made contiguous one at a time) to a new file at `path`, which is
 // durable (synced) when this returns but not renamed into place: callers write into a temporary
 // folder or use common/atomic_file.h. Returns the file's size in bytes.
-absl::StatusOr<uint64_t> WriteSafetensors(const std::filesystem::path& path,
-                                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-                                          const std::map<std::string, std::string>& metadata);
+absl::StatusOr<uint64_t> WriteSafetensors(
+    const std::filesystem::path& path,
+    const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+    const std::map<std::string, std::string>& metadata);
 
 }  // namespace simpo
 

@@ -1,0 +1,71 @@
+#ifndef SIMPO_COORDINATOR_JOB_RECORD_H_
+#define SIMPO_COORDINATOR_JOB_RECORD_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/job_config.h"
+#include "coordinator/histogram.h"
+#include "coordinator/launcher.h"
+#include "coordinator/liveness.h"
+#include "simpo/v1/job.pb.h"
+#include "simpo/v1/worker_service.pb.h"
+
+namespace simpo {
+
+// The stream of one rank, as the controller speaks to it. Thread-safe; never blocks.
+class RankChannel {
+ public:
+  virtual ~RankChannel() = default;
+  virtual void Send(v1::AttachResponse response) = 0;
+  // Ends the stream once what was sent before is out.
+  virtual void Close(const absl::Status& status) = 0;
+};
+
+struct Rank {
+  RankHealth health;
+  int64_t last_heard_ms = 0;             // Unix time, for the metrics page
+  std::shared_ptr<RankChannel> channel;  // empty while the rank is not connected
+};
+
+// The processes of the current attempt. Only in memory: a new coordinator builds it again.
+struct Gang {
+  std::string secret;
+  std::vector<Rank> ranks;
+  GangStatus::Phase phase = GangStatus::Phase::kStarting;
+  std::optional<SteadyTime> started;     // when mpirun ran, or when this coordinator found it
+  int64_t last_step = 0;                 // of the train split, stored for this attempt; 0: none
+  int64_t last_eval_step = -1;           // -1: none
+  std::string error;                     // what a rank said before it left
+  // Ending it: first asked by command, then terminated, then killed.
+  std::string fault;                     // why this coordinator ends it as faulty; empty: it does not
+  std::optional<SteadyTime> stop_asked;
+  std::optional<SteadyTime> terminated;
+  bool killed = false;
+};
+
+// A job in memory. What must survive lies in the stores.
+struct JobRecord {
+  int64_t sequence = 0;  // order of submission; the key in the stores
+  std::string request_digest;
+  v1::Job job;
+  JobConfig config;
+  std::vector<v1::Attempt> attempts;
+  int64_t last_event = 0;
+  int64_t not_before_ms = 0;  // end of the pause before the next attempt
+  std::optional<Gang> gang;   // exactly while HoldsGang(job.state())
+  uint64_t version = 1;       // grows with every change that a watcher should hear of
+
+  // For the metrics page.
+  Histogram step_seconds;
+  int64_t checkpoint_ms = 0;  // Unix time of the last complete checkpoint
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_JOB_RECORD_H_

@@ -1,0 +1,57 @@
+#ifndef SIMPO_COORDINATOR_LAUNCHER_H_
+#define SIMPO_COORDINATOR_LAUNCHER_H_
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/attempt_files.h"
+
+namespace simpo {
+
+// One attempt of a job, as the controller wants it started.
+struct GangRequest {
+  std::string job_id;
+  int attempt = 1;
+  int ranks = 1;
+  int threads_per_rank = 1;
+  bool resume_latest = false;
+  std::string job_yaml;
+  std::filesystem::path log_dir;
+  std::filesystem::path output_dir;
+};
+
+// What is known of an attempt's processes.
+struct GangStatus {
+  enum class Phase { kStarting, kPreparing, kTraining, kEnded, kLost };
+  Phase phase = Phase::kStarting;
+  AttemptExit exit;    // with kEnded
+  std::string reason;  // with kLost
+};
+
+// Starts gangs through an engine that exists already. A gang outlives the coordinator: each function
+// takes the attempt's name and finds the rest on disk or at the engine. Called by one thread.
+class Launcher {
+ public:
+  virtual ~Launcher() = default;
+
+  // Starts an attempt, or finds that it has been started: never starts it twice.
+  virtual absl::Status Start(const GangRequest& request) = 0;
+  // Cheap enough to be asked several times a second.
+  virtual GangStatus Poll(const std::string& job_id, int attempt) = 0;
+  // Ends the gang without waiting for a checkpoint: kindly, or by force. Poll says when it is gone.
+  virtual void Terminate(const std::string& job_id, int attempt) = 0;
+  virtual void Kill(const std::string& job_id, int attempt) = 0;
+  // What the attempt's ranks must show to report. NOT_FOUND before Start.
+  virtual absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) = 0;
+  // The coordinator's address for ranks that connect again.
+  virtual absl::Status PublishAddress(const std::string& job_id, int attempt) = 0;
+  // What the engine itself has printed.
+  virtual std::filesystem::path LogFile(const std::filesystem::path& log_dir) const = 0;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_LAUNCHER_H_

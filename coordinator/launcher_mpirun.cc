@@ -1,0 +1,138 @@
+#include "coordinator/launcher_mpirun.h"
+
+#include <signal.h>
+#include <sys/random.h>
+#include <sys/wait.h>
+
+#include <array>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+#include "common/atomic_file.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "coordinator/file_lock.h"
+
+namespace simpo {
+namespace {
+
+namespace fs = std::filesystem;
+
+absl::StatusOr<std::string> NewSecret() {
+  std::array<char, 32> bytes;
+  if (getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size())) {
+    return absl::UnavailableError("the kernel gives no random bytes");
+  }
+  return absl::BytesToHexString(absl::string_view(bytes.data(), bytes.size()));
+}
+
+absl::Status MakeDir(const fs::path& dir, fs::perms permissions) {
+  std::error_code error;
+  fs::create_directories(dir, error);
+  if (!error) fs::permissions(dir, permissions, error);
+  if (!error) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("cannot make the folder ", dir.string(), ": ", error.message()));
+}
+
+}  // namespace
+
+AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const {
+  return {options_.attempts_dir / job_id / absl::StrCat(attempt)};
+}
+
+fs::path MpirunLauncher::LogFile(const fs::path& log_dir) const { return log_dir / "launcher.log"; }
+
+absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangRequest& request) const {
+  SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
+  SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read |
+                                                     fs::perms::group_exec | fs::perms::others_read |
+                                                     fs::perms::others_exec));
+  if (!fs::exists(files.Secret())) {
+    SIMPO_ASSIGN_OR_RETURN(const std::string secret, NewSecret());
+    SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Secret(), secret + "\n", 0600));
+  }
+  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Address(), options_.coordinator_address + "\n"));
+  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Job(), request.job_yaml));
+  return WriteAttemptSpec(files, {.job_id = request.job_id,
+                                  .attempt = request.attempt,
+                                  .ranks = request.ranks,
+                                  .threads_per_rank = request.threads_per_rank,
+                                  .resume_latest = request.resume_latest,
+                                  .worker = options_.worker,
+                                  .mpirun = options_.mpirun,
+                                  .log_dir = request.log_dir.string(),
+                                  .output_dir = request.output_dir.string(),
+                                  .coordinator = options_.coordinator_address});
+}
+
+absl::Status MpirunLauncher::Start(const GangRequest& request) {
+  const AttemptFiles files = Files(request.job_id, request.attempt);
+  // A coordinator that died after this point has started it. If its supervisor is just about to take
+  // the lock, a second one finds it taken and leaves.
+  if (fs::exists(files.Supervisor()) || FileLock::IsHeld(files.Lock())) return absl::OkStatus();
+  SIMPO_RETURN_IF_ERROR(WriteFiles(files, request));
+  SIMPO_ASSIGN_OR_RETURN(
+      const pid_t pid, SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
+                                         LogFile(request.log_dir)));
+  children_[{request.job_id, request.attempt}] = pid;
+  return absl::OkStatus();
+}
+
+bool MpirunLauncher::ChildRuns(const std::string& job_id, int attempt) {
+  const auto child = children_.find({job_id, attempt});
+  if (child == children_.end()) return false;
+  int status = 0;
+  if (waitpid(child->second, &status, WNOHANG) == 0) return true;
+  children_.erase(child);
+  return false;
+}
+
+GangStatus MpirunLauncher::Poll(const std::string& job_id, int attempt) {
+  const AttemptFiles files = Files(job_id, attempt);
+  // In this order: a supervisor writes exit.json before it ends.
+  const bool runs = ChildRuns(job_id, attempt) || FileLock::IsHeld(files.Lock());
+  if (runs) {
+    if (fs::exists(files.Gang())) return {.phase = GangStatus::Phase::kTraining};
+    const bool supervised = fs::exists(files.Supervisor());
+    return {.phase = supervised ? GangStatus::Phase::kPreparing : GangStatus::Phase::kStarting};
+  }
+  const absl::StatusOr<AttemptExit> exit = ReadExit(files);
+  if (exit.ok()) return {.phase = GangStatus::Phase::kEnded, .exit = *exit};
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
+  if (supervisor.ok() && supervisor->boot_id != BootId()) {
+    return {.phase = GangStatus::Phase::kLost, .reason = "the machine was restarted"};
+  }
+  return {.phase = GangStatus::Phase::kLost,
+          .reason = supervisor.ok() ? "its supervisor ended without a word (killed, or out of memory)"
+                                    : "its supervisor could not begin; see launcher.log"};
+}
+
+void MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
+  if (supervisor.ok() && IsAlive(*supervisor)) kill(supervisor->pid, SIGTERM);
+}
+
+void MpirunLauncher::Kill(const std::string& job_id, int attempt) {
+  const AttemptFiles files = Files(job_id, attempt);
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
+  if (supervisor.ok() && IsAlive(*supervisor)) kill(supervisor->pid, SIGKILL);
+  for (pid_t pid : ProcessesWithEnvironment(kSecretFileVariable, files.Secret().string())) kill(pid, SIGKILL);
+  if (const absl::StatusOr<AttemptSpec> spec = ReadAttemptSpec(files); spec.ok()) {
+    std::error_code error;
+    fs::remove_all(ScratchDir(*spec), error);
+  }
+}
+
+absl::StatusOr<std::string> MpirunLauncher::ReadSecret(const std::string& job_id, int attempt) {
+  SIMPO_ASSIGN_OR_RETURN(std::string secret, ReadFile(Files(job_id, attempt).Secret(), /*max_bytes=*/256));
+  absl::StripTrailingAsciiWhitespace(&secret);
+  return secret;
+}
+
+absl::Status MpirunLauncher::PublishAddress(const std::string& job_id, int attempt) {
+  return WriteFileAtomically(Files(job_id, attempt).Address(), options_.coordinator_address + "\n");
+}
+
+}  // namespace simpo

@@ -1,0 +1,46 @@
+#ifndef SIMPO_COORDINATOR_LAUNCHER_MPIRUN_H_
+#define SIMPO_COORDINATOR_LAUNCHER_MPIRUN_H_
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "coordinator/launcher.h"
+
+namespace simpo {
+
+// Gangs on this machine: each attempt has a folder under `attempts_dir` and a supervisor process that
+// runs `worker prepare` and then mpirun (see supervisor.h).
+class MpirunLauncher final : public Launcher {
+ public:
+  struct Options {
+    std::filesystem::path attempts_dir;  // absolute
+    std::string supervisor;              // this program; started as `<supervisor> supervise ...`
+    std::string worker;
+    std::string mpirun = "mpirun";
+    std::string coordinator_address;     // HOST:PORT
+  };
+  explicit MpirunLauncher(Options options) : options_(std::move(options)) {}
+
+  absl::Status Start(const GangRequest& request) override;
+  GangStatus Poll(const std::string& job_id, int attempt) override;
+  void Terminate(const std::string& job_id, int attempt) override;
+  void Kill(const std::string& job_id, int attempt) override;
+  absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override;
+  absl::Status PublishAddress(const std::string& job_id, int attempt) override;
+  std::filesystem::path LogFile(const std::filesystem::path& log_dir) const override;
+
+ private:
+  AttemptFiles Files(const std::string& job_id, int attempt) const;
+  absl::Status WriteFiles(const AttemptFiles& files, const GangRequest& request) const;
+  // Whether the supervisor of this attempt is a child of ours that still runs. Reaps it.
+  bool ChildRuns(const std::string& job_id, int attempt);
+
+  const Options options_;
+  std::map<std::pair<std::string, int>, pid_t> children_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_LAUNCHER_MPIRUN_H_

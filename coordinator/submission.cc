@@ -1,0 +1,159 @@
+#include "coordinator/submission.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "common/sha256.h"
+#include "coordinator/placement.h"
+
+namespace simpo {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr size_t kMaxRequestIdBytes = 128;
+constexpr size_t kMaxNameBytes = 128;
+constexpr size_t kMaxOverrides = 256;
+
+std::string Hostname() {
+  char name[256] = "";
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+bool IsPrintable(const std::string& text) {
+  for (unsigned char c : text) {
+    if (c < 0x20 || c == 0x7f) return false;
+  }
+  return true;
+}
+
+void CheckName(const char* field, const std::string& value, std::vector<FieldViolation>* violations) {
+  if (value.size() > kMaxNameBytes || !IsPrintable(value)) {
+    violations->push_back({field, 0, absl::StrCat("must be one line of at most ", kMaxNameBytes, " bytes")});
+  }
+}
+
+void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolation>* violations) {
+  if (request.request_id().size() > kMaxRequestIdBytes || !IsPrintable(request.request_id())) {
+    violations->push_back(
+        {"request_id", 0, absl::StrCat("must be one line of at most ", kMaxRequestIdBytes, " bytes")});
+  }
+  if (!request.base_dir().empty() && !fs::path(request.base_dir()).is_absolute()) {
+    violations->push_back({"base_dir", 0, absl::StrCat("'", request.base_dir(), "' is not an absolute path")});
+  }
+  if (static_cast<size_t>(request.overrides_size()) > kMaxOverrides) {
+    violations->push_back({"overrides", 0, absl::StrCat("at most ", kMaxOverrides, " are taken")});
+  }
+  CheckName("user", request.user(), violations);
+}
+
+// An input that names a local path must be there; hub names are left to the worker.
+void CheckInput(const char* field, const std::string& value, std::vector<FieldViolation>* violations) {
+  if (value.empty() || value[0] != '/') return;
+  if (access(value.c_str(), R_OK) == 0) return;
+  const char* problem = errno == ENOENT ? "does not exist" : "cannot be read";
+  violations->push_back({field, 0,
+                         absl::StrCat("'", value, "' ", problem, " on ", Hostname(), " (", std::strerror(errno),
+                                      "); paths are those of the coordinator's machine")});
+}
+
+void CheckInputs(const JobConfig& config, std::vector<FieldViolation>* violations) {
+  CheckInput("model_name_or_path", config.model_name_or_path, violations);
+  CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, violations);
+  for (const auto& [path, fraction] : config.dataset_mixer) CheckInput("dataset_mixer", path, violations);
+  for (const auto& [path, fraction] : config.eval_dataset_mixer) {
+    CheckInput("eval_dataset_mixer", path, violations);
+  }
+  CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, violations);
+}
+
+void CheckSlots(Submission* submission, int slots_total) {
+  const JobConfig& config = submission->config;
+  const int ranks = config.Ranks();
+  const int threads = ThreadsPerRank(config.threads_per_rank, ranks, slots_total);
+  submission->job.set_ranks(ranks);
+  submission->job.set_slots(ranks * threads);
+  if (ranks * threads > slots_total) {
+    submission->violations.push_back(
+        {"resources", 0,
+         absl::StrCat(ranks, ranks == 1 ? " rank" : " ranks", " of ", threads, " slots need ", ranks * threads,
+                      " slots; ", Hostname(), " has ", slots_total,
+                      ". Ask for fewer ranks_per_node or threads_per_rank, or restart the coordinator with --slots")});
+  } else if (config.threads_per_rank == 0) {
+    submission->notes.push_back(absl::StrCat("threads_per_rank is ", threads, ": ", slots_total, " slots over ", ranks,
+                                             ranks == 1 ? " rank" : " ranks"));
+  }
+}
+
+}  // namespace
+
+std::string RequestDigest(const v1::SubmitJobRequest& request) {
+  v1::SubmitJobRequest body = request;
+  body.clear_request_id();
+  body.clear_validate_only();
+  // Every field is length-prefixed on the wire, in the order of its number; there is no map in it.
+  return Sha256(body.SerializeAsString());
+}
+
+Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total) {
+  Submission submission;
+  CheckRequest(request, &submission.violations);
+  ParsedJob parsed = ParseJobYaml(
+      request.job_yaml(), {.file_name = request.file_name().empty() ? "job.yaml" : request.file_name(),
+                           .base_dir = request.base_dir(),
+                           .overrides = {request.overrides().begin(), request.overrides().end()}});
+  submission.violations.insert(submission.violations.end(), parsed.violations.begin(), parsed.violations.end());
+  submission.config = std::move(parsed.config);
+  submission.notes = std::move(parsed.notes);
+  submission.request_digest = RequestDigest(request);
+
+  JobConfig& config = submission.config;
+  if (!request.name().empty()) config.name = request.name();
+  if (config.name.empty()) config.name = fs::path(request.file_name()).stem().string();
+  if (config.name.empty()) config.name = "job";
+  CheckName("name", config.name, &submission.violations);
+  CheckInputs(config, &submission.violations);
+  CheckSlots(&submission, slots_total);
+
+  v1::Job& job = submission.job;
+  job.set_name(config.name);
+  job.set_user(request.user());
+  job.set_priority(config.priority);
+  job.mutable_labels()->insert(config.labels.begin(), config.labels.end());
+  job.set_max_restarts(config.max_restarts);
+  return submission;
+}
+
+std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir) {
+  std::error_code error;
+  if (!fs::exists(output_dir, error)) return {};
+  if (!fs::is_directory(output_dir, error)) {
+    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", Hostname(), " is not a folder")}};
+  }
+  if (access(output_dir.c_str(), W_OK) != 0) {
+    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", Hostname(), " cannot be written to")}};
+  }
+  const bool wanted = config.overwrite_output_dir || config.resume_from_checkpoint == "true";
+  if (wanted || fs::is_empty(output_dir, error)) return {};
+  return {{"output_dir", 0,
+           absl::StrCat("'", output_dir, "' on ", Hostname(),
+                        " is not empty. To go on from its last checkpoint set resume_from_checkpoint: true; to "
+                        "start again set overwrite_output_dir: true; or name another folder")}};
+}
+
+std::string FileNameOf(const std::string& job_name) {
+  std::string name;
+  for (char c : job_name.substr(0, 64)) {
+    const bool plain = absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '.' || c == '_' || c == '-';
+    name += plain ? c : '-';
+  }
+  return !name.empty() && name[0] == '.' ? "job" + name : name;
+}
+
+}  // namespace simpo

@@ -1,0 +1,42 @@
+#ifndef SIMPO_WORKER_DATA_CHAT_TEMPLATE_H_
+#define SIMPO_WORKER_DATA_CHAT_TEMPLATE_H_
+
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+
+struct SimpoTemplate;
+
+namespace simpo {
+
+struct Message {
+  std::string role;
+  std::string content;
+  bool operator==(const Message&) const = default;
+};
+
+// A Jinja chat template, rendered as transformers' apply_chat_template does. Work and output are
+// bounded, so a hostile template ends in an error. Thread-safe.
+class ChatTemplate {
+ public:
+  // INVALID_ARGUMENT names the template's line.
+  static absl::StatusOr<std::unique_ptr<ChatTemplate>> Parse(std::string_view source);
+  ~ChatTemplate();
+  // bos_token and eos_token: the template's variables of these names; empty becomes undefined there.
+  absl::StatusOr<std::string> Render(std::span<const Message> messages, bool add_generation_prompt,
+                                     std::string_view bos_token, std::string_view eos_token) const;
+
+ private:
+  ChatTemplate() = default;
+  SimpoTemplate* handle_ = nullptr;
+};
+
+// The template for a model that has none: its family's, else ChatML. `name` says which.
+std::string_view DefaultChatTemplate(std::string_view model_type, std::string* name);
+
+}  // namespace simpo
+
+#endif  // SIMPO_WORKER_DATA_CHAT_TEMPLATE_H_

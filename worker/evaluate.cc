@@ -1,0 +1,68 @@
+#include "worker/evaluate.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "worker/sampler.h"
+#include "worker/train_step.h"
+
+namespace simpo {
+
+SimpoStats AllReduceStats(const SimpoStats& stats, Collectives& comm) {
+  auto values = stats.ToArray();
+  at::Tensor tensor = at::from_blob(values.data(), {static_cast<int64_t>(values.size())}, at::kDouble);
+  comm.AllReduce(tensor);
+  return SimpoStats::FromArray(values);
+}
+
+std::map<std::string, double> StatsToMetrics(const SimpoStats& stats, const SimpoLoss& loss, std::string_view prefix) {
+  const double pairs = std::max(1.0, stats.pairs);
+  const double chosen_tokens = std::max(1.0, stats.tokens_chosen);
+  const double rejected_tokens = std::max(1.0, stats.tokens_rejected);
+  const double sft_loss = stats.nll_chosen / chosen_tokens;
+  const double chosen = stats.logps_chosen / pairs;
+  const double rejected = stats.logps_rejected / pairs;
+  const std::map<std::string, double> values = {
+      {"loss", stats.loss / pairs + loss.sft_weight * sft_loss},
+      {"rewards/chosen", loss.beta * chosen},
+      {"rewards/rejected", loss.beta * rejected},
+      {"rewards/margins", loss.beta * (chosen - rejected)},
+      {"rewards/accuracies", stats.accuracy / pairs},
+      {"logps/chosen", chosen},
+      {"logps/rejected", rejected},
+      {"logits/chosen", stats.logits_chosen / chosen_tokens},
+      {"logits/rejected", stats.logits_rejected / rejected_tokens},
+      {"sft_loss", sft_loss},
+      {"nll_loss", sft_loss},
+      {"lengths/chosen", stats.tokens_chosen / pairs},
+      {"lengths/rejected", stats.tokens_rejected / pairs},
+  };
+  std::map<std::string, double> named;
+  for (const auto& [name, value] : values) named[std::string(prefix) + name] = value;
+  return named;
+}
+
+std::map<std::string, double> Evaluate(const Decoder& decoder, const ShardedParams& params,
+                                       const TokenizedDataset& data, const SimpoLoss& loss, int64_t max_tokens,
+                                       int64_t max_pairs, Collectives& comm) {
+  std::vector<int64_t> all(data.size());
+  std::iota(all.begin(), all.end(), 0);
+  std::vector<int64_t> tokens(data.size());
+  for (int64_t i : all) tokens[i] = PackedSize(data[i]);
+  const std::vector<int64_t> mine = BalanceOverRanks(all, tokens, comm.world_size())[comm.rank()];
+  std::vector<int64_t> my_tokens;
+  for (int64_t i : mine) my_tokens.push_back(tokens[i]);
+
+  SimpoStats stats;
+  for (const std::vector<int64_t>& indices : MicroBatches(mine, my_tokens, max_tokens, max_pairs)) {
+    std::vector<TokenizedPair> pairs;
+    for (int64_t i : indices) pairs.push_back(data[i]);
+    stats += ForwardOnly(decoder, params, Pack(pairs), loss);
+  }
+  return StatsToMetrics(AllReduceStats(stats, comm), loss, "eval_");
+}
+
+}  // namespace simpo

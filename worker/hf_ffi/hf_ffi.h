@@ -1,0 +1,50 @@
+#ifndef SIMPO_WORKER_HF_FFI_HF_FFI_H_
+#define SIMPO_WORKER_HF_FFI_HF_FFI_H_
+
+// The C interface of the Rust crate beside this file: Hugging Face's tokenizers and a Jinja engine.
+// worker/data/tokenizer.h and chat_template.h wrap it; nothing else includes it. No call lets a panic
+// out: a panic is an error like any other. All objects may be used by several threads at once.
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+struct SimpoTokenizer;
+struct SimpoTemplate;
+
+// Bytes owned by Rust; give them back with simpo_bytes_free.
+struct SimpoBytes {
+  uint8_t* data;
+  size_t size;
+  size_t capacity;
+};
+// Token ids owned by Rust; give them back with simpo_ids_free.
+struct SimpoIds {
+  uint32_t* data;
+  size_t size;
+  size_t capacity;
+};
+
+void simpo_bytes_free(SimpoBytes bytes);
+void simpo_ids_free(SimpoIds ids);
+
+// From the text of a tokenizer.json. NULL: `error` says why.
+SimpoTokenizer* simpo_tokenizer_new(const uint8_t* json, size_t size, SimpoBytes* error);
+void simpo_tokenizer_free(SimpoTokenizer* tokenizer);
+// Without the special tokens that a post-processor would add; special tokens in the text are recognised.
+bool simpo_tokenizer_encode(const SimpoTokenizer* tokenizer, const uint8_t* text, size_t size, SimpoIds* ids,
+                            SimpoBytes* error);
+// -1: not in the vocabulary.
+int64_t simpo_tokenizer_token_to_id(const SimpoTokenizer* tokenizer, const uint8_t* token, size_t size);
+size_t simpo_tokenizer_vocab_size(const SimpoTokenizer* tokenizer);
+
+// From a template's source. NULL: `error` says why.
+SimpoTemplate* simpo_template_new(const uint8_t* source, size_t size, SimpoBytes* error);
+void simpo_template_free(SimpoTemplate* chat_template);
+// `context` is a JSON object with the template's variables.
+bool simpo_template_render(const SimpoTemplate* chat_template, const uint8_t* context, size_t size, SimpoBytes* text,
+                           SimpoBytes* error);
+}
+
+#endif  // SIMPO_WORKER_HF_FFI_HF_FFI_H_

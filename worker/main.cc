@@ -1,0 +1,337 @@
+// simpo-worker: trains one job as one rank of an MPI world, with or without a coordinator.
+//
+//   mpirun -n 4 simpo-worker --job job.yaml [--set key=value]...
+//   simpo-worker prepare --job job.yaml      checks model and data, fills the token cache, trains nothing
+//
+// This file alone turns errors into messages and exit codes.
+#include <fcntl.h>
+#include <mpi.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <ATen/Parallel.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "common/atomic_file.h"
+#include "common/job_config_yaml.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "worker/comm/collectives.h"
+#include "worker/coordinator_client.h"
+#include "worker/data/prepare.h"
+#include "worker/data/tokenized_dataset.h"
+#include "worker/model/model_config.h"
+#include "worker/train.h"
+
+namespace simpo {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Exit codes; see `simpoctl help exit-codes`.
+constexpr int kDone = 0;
+constexpr int kBadJob = 2;
+constexpr int kBadInput = 3;
+constexpr int kTryAgain = 75;
+constexpr int kStopped = 143;
+
+struct Flags {
+  std::string job;
+  std::vector<std::string> overrides;
+  std::string output_dir;
+  std::string log_dir;
+  std::string coordinator;
+  std::string coordinator_file;
+  std::string job_id;
+  int attempt = 1;
+  bool resume_latest = false;
+  std::string dump_tokens;
+};
+
+std::atomic<bool> g_stop_requested = false;
+
+int EnvInt(const char* name, int fallback) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? fallback : std::atoi(value);
+}
+
+// What mpirun says of this process before MPI has started.
+int EnvRank() { return EnvInt("OMPI_COMM_WORLD_RANK", 0); }
+int EnvLocalRank() { return EnvInt("OMPI_COMM_WORLD_LOCAL_RANK", 0); }
+int EnvLocalSize() { return EnvInt("OMPI_COMM_WORLD_LOCAL_SIZE", 1); }
+
+fs::path CacheDir() {
+  if (const char* dir = std::getenv("SIMPO_CACHE_DIR")) return dir;
+  if (const char* dir = std::getenv("XDG_CACHE_HOME")) return fs::path(dir) / "simpo" / "tokens";
+  const char* home = std::getenv("HOME");
+  return fs::path(home == nullptr ? "." : home) / ".cache" / "simpo" / "tokens";
+}
+
+// A file with one rank's output, so that the ranks' lines never mix.
+absl::Status RedirectOutput(const fs::path& log_dir) {
+  std::error_code error;
+  fs::create_directories(log_dir, error);
+  const fs::path path = log_dir / absl::StrCat("rank-", EnvRank(), ".log");
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  if (file < 0) return absl::UnavailableError(absl::StrCat("cannot write the log ", path.string()));
+  dup2(file, STDOUT_FILENO);
+  dup2(file, STDERR_FILENO);
+  close(file);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ParsedJob> ReadJob(const Flags& flags) {
+  SIMPO_ASSIGN_OR_RETURN(const std::string yaml, ReadFile(flags.job, /*max_bytes=*/1 << 20));
+  const fs::path absolute = fs::absolute(flags.job);
+  return ParseJobYamlOrStatus(
+      yaml, {.file_name = flags.job, .base_dir = absolute.parent_path().string(), .overrides = flags.overrides});
+}
+
+absl::StatusOr<fs::path> LocalFolder(const std::string& value, const char* key) {
+  std::error_code error;
+  if (fs::is_directory(value, error)) return fs::path(value);
+  char host[256] = "";
+  gethostname(host, sizeof(host) - 1);
+  return absl::NotFoundError(absl::StrCat(key, ": '", value, "' is not a folder on ", host,
+                                          ". Give the path of a folder with config.json, *.safetensors and "
+                                          "tokenizer.json; models are not downloaded."));
+}
+
+// Everything that can be checked before a communicator exists.
+absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
+  options->config = job.config;
+  const JobConfig& config = options->config;
+  SIMPO_ASSIGN_OR_RETURN(options->model_dir, LocalFolder(config.model_name_or_path, "model_name_or_path"));
+  options->tokenizer_dir = options->model_dir;
+  if (!config.tokenizer_name_or_path.empty()) {
+    SIMPO_ASSIGN_OR_RETURN(options->tokenizer_dir, LocalFolder(config.tokenizer_name_or_path, "tokenizer_name_or_path"));
+  }
+  SIMPO_ASSIGN_OR_RETURN(options->model, ReadModelConfig(options->model_dir));
+  fs::path output = !flags.output_dir.empty() ? flags.output_dir : config.output_dir;
+  if (output.empty()) output = fs::path("outputs") / (config.name.empty() ? "simpo" : config.name);
+  options->output_dir = fs::absolute(output);
+  options->resume_latest = flags.resume_latest;
+  options->stop_requested = &g_stop_requested;
+  return absl::OkStatus();
+}
+
+// A folder that holds another run's results is never written over by accident.
+absl::Status ClaimOutputDir(const TrainOptions& options) {
+  const fs::path& dir = options.output_dir;
+  const bool used = fs::exists(dir / "metrics.jsonl") || fs::exists(dir / "final");
+  const bool resuming = options.resume_latest || options.config.resume_from_checkpoint == "true";
+  if (used && !resuming && !options.config.overwrite_output_dir) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "output_dir ", dir.string(), " holds an earlier run. To go on from its last checkpoint add --set "
+        "resume_from_checkpoint=true; to start again add --set overwrite_output_dir=true; or choose another folder."));
+  }
+  std::error_code error;
+  if (used && !resuming) {
+    for (const char* name : {"metrics.jsonl", "eval_metrics.jsonl", "checkpoints", "final"}) fs::remove_all(dir / name, error);
+  }
+  fs::create_directories(dir, error);
+  if (error) return absl::PermissionDeniedError(absl::StrCat("cannot make output_dir ", dir.string(), ": ", error.message()));
+  return absl::OkStatus();
+}
+
+int ExitCodeOf(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk: return kDone;
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kResourceExhausted: return kTryAgain;
+    case absl::StatusCode::kFailedPrecondition: return kBadJob;
+    default: return kBadInput;
+  }
+}
+
+int Fail(const absl::Status& status, int code) {
+  const absl::string_view text = status.message();
+  std::fprintf(stderr, "simpo-worker: %.*s\n", static_cast<int>(text.size()), text.data());
+  return code;
+}
+
+absl::StatusOr<PreparedData> Prepare(const JobConfig& config) {
+  auto progress = [](int64_t done, int64_t all) {
+    if (EnvRank() == 0 && isatty(STDERR_FILENO)) std::fprintf(stderr, "\rtokenised %ld of %ld rows%s", done, all, done == all ? "\n" : "");
+  };
+  return PrepareData(config, CacheDir(), progress);
+}
+
+void PrintPrepared(const PreparedData& data) {
+  for (const std::string& note : data.notes) std::fprintf(stderr, "note: %s\n", note.c_str());
+  std::fprintf(stderr, "chat template: %s\ntrain data:\n%s", data.chat_template_source.c_str(),
+               data.train_report.ToString().c_str());
+  if (data.eval_report) std::fprintf(stderr, "evaluation data:\n%s", data.eval_report->ToString().c_str());
+}
+
+// The token ids of every pair of the train split as JSON lines, for comparison with other trainers.
+absl::Status DumpTokens(const fs::path& cache, const fs::path& path) {
+  SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<TokenizedDataset> data, TokenizedDataset::Open(cache));
+  std::ofstream file(path);
+  for (int64_t i = 0; i < data->size(); ++i) {
+    const TokenizedPair pair = (*data)[i];
+    file << nlohmann::json{{"chosen", std::vector<int32_t>(pair.chosen.begin(), pair.chosen.end())},
+                           {"rejected", std::vector<int32_t>(pair.rejected.begin(), pair.rejected.end())},
+                           {"chosen_prompt_length", pair.chosen_prompt_length},
+                           {"rejected_prompt_length", pair.rejected_prompt_length}}
+                .dump()
+         << '\n';
+  }
+  if (!file) return absl::UnavailableError(absl::StrCat("cannot write ", path.string()));
+  return absl::OkStatus();
+}
+
+// `simpo-worker prepare`: the checks that a gang would make, in one process.
+int RunPrepare(const Flags& flags, const ParsedJob& job) {
+  TrainOptions options;
+  if (absl::Status status = FillOptions(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
+  absl::StatusOr<PreparedData> data = Prepare(options.config);
+  if (!data.ok()) return Fail(data.status(), ExitCodeOf(data.status()));
+  PrintPrepared(*data);
+  if (!flags.dump_tokens.empty()) {
+    if (absl::Status status = DumpTokens(data->train_cache, flags.dump_tokens); !status.ok()) {
+      return Fail(status, kTryAgain);
+    }
+  }
+  return kDone;
+}
+
+void SetThreads(const JobConfig& config) {
+  int threads = config.threads_per_rank;
+  if (threads <= 0) threads = EnvInt("OMP_NUM_THREADS", 0);
+  if (threads <= 0) threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / EnvLocalSize());
+  at::set_num_threads(threads);
+}
+
+std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOptions& options, int world_size) {
+  if (flags.coordinator.empty() && flags.coordinator_file.empty()) return nullptr;
+  std::string secret;
+  if (const char* file = std::getenv("SIMPO_ATTEMPT_SECRET_FILE")) {
+    std::ifstream(file) >> secret;
+  }
+  return CoordinatorClient::Start({.address = flags.coordinator,
+                                   .address_file = flags.coordinator_file,
+                                   .job_id = flags.job_id,
+                                   .attempt = flags.attempt,
+                                   .secret = secret,
+                                   .rank = EnvRank(),
+                                   .world_size = world_size,
+                                   .metrics_path = options.output_dir / "metrics.jsonl",
+                                   .eval_metrics_path = options.output_dir / "eval_metrics.jsonl"});
+}
+
+// The checks and the tokenising that need no other rank. The first rank of each machine does them
+// before MPI starts, while its neighbours wait for it there; they find the token cache filled.
+absl::Status PrepareRank(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
+  SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+  if (EnvRank() == 0) SIMPO_RETURN_IF_ERROR(ClaimOutputDir(*options));
+  SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
+  if (EnvRank() != 0) return absl::OkStatus();
+  PrintPrepared(options->data);
+  return flags.dump_tokens.empty() ? absl::OkStatus() : DumpTokens(options->data.train_cache, flags.dump_tokens);
+}
+
+// Every rank returns the same outcome.
+absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, TrainOptions& options,
+                                      Collectives& comm, std::unique_ptr<CoordinatorClient>* client) {
+  if (comm.rank() == 0 && options.config.Ranks() != comm.world_size()) {
+    LOG_INFO(absl::StrCat("running on ", comm.world_size(), " ranks as started (the job file says ",
+                          options.config.Ranks(), ")"));
+  }
+  *client = StartClient(flags, options, comm.world_size());
+  options.coordinator = client->get();
+  return Train(options, comm);
+}
+
+int RunWorker(const Flags& flags, const ParsedJob& job) {
+  TrainOptions options;
+  if (EnvLocalRank() == 0) {
+    if (absl::Status status = PrepareRank(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
+  }
+  int provided = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+  SetThreads(job.config);
+  signal(SIGUSR1, [](int) { g_stop_requested = true; });
+  if (EnvLocalRank() != 0) {
+    if (absl::Status status = PrepareRank(flags, job, &options); !status.ok()) {
+      MPI_Abort(MPI_COMM_WORLD, Fail(status, ExitCodeOf(status)));
+    }
+  }
+  std::unique_ptr<Collectives> comm = MakeMpiCollectives();
+  std::unique_ptr<CoordinatorClient> client;
+  int code = kTryAgain;
+  std::string message;
+  try {
+    const absl::StatusOr<TrainOutcome> outcome = RunRanks(flags, job, options, *comm, &client);
+    if (outcome.ok()) {
+      code = *outcome == TrainOutcome::kDone ? kDone : kStopped;
+    } else {
+      code = comm->rank() == 0 ? Fail(outcome.status(), ExitCodeOf(outcome.status())) : ExitCodeOf(outcome.status());
+      message = std::string(outcome.status().message());
+    }
+  } catch (const std::exception& error) {
+    // Peers may be waiting in a collective that this rank will never reach.
+    std::fprintf(stderr, "simpo-worker: rank %d: %s\n", comm->rank(), error.what());
+    if (client != nullptr) client->Finish(kTryAgain, error.what(), /*timeout_ms=*/2000);
+    MPI_Abort(MPI_COMM_WORLD, kTryAgain);
+  }
+  if (client != nullptr) client->Finish(code, message, /*timeout_ms=*/10000);
+  client.reset();
+  MPI_Finalize();
+  return code;
+}
+
+int Main(int argc, char** argv) {
+  Flags flags;
+  CLI::App app("Trains one SimPO job as one rank of an MPI world (mpirun -n N simpo-worker --job FILE).");
+  app.add_option("--job", flags.job, "The job file")->required();
+  app.add_option("--set", flags.overrides, "key=value, wins over the file; may be repeated")->take_all();
+  app.add_option("--output-dir", flags.output_dir, "Wins over the file's output_dir");
+  app.add_option("--log-dir", flags.log_dir, "Write this rank's output to rank-N.log there");
+  app.add_option("--coordinator", flags.coordinator, "HOST:PORT to report to");
+  app.add_option("--coordinator-file", flags.coordinator_file, "A file with HOST:PORT, read at every reconnect");
+  app.add_option("--job-id", flags.job_id, "This job's id at the coordinator");
+  app.add_option("--attempt", flags.attempt, "This attempt's number, from 1");
+  app.add_flag("--resume-latest", flags.resume_latest, "Go on from the newest checkpoint of the output folder, if any");
+  app.add_option("--dump-tokens", flags.dump_tokens, "Also write the train split's token ids to this file (JSON lines)");
+  app.set_version_flag("--version", "simpo-worker " SIMPO_VERSION);
+  CLI::App* prepare = app.add_subcommand("prepare", "Check model and data and fill the token cache; train nothing");
+  app.fallthrough();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kDone : kBadJob;
+  }
+  if (!flags.log_dir.empty()) {
+    if (absl::Status status = RedirectOutput(flags.log_dir); !status.ok()) return Fail(status, kTryAgain);
+  }
+  absl::StatusOr<ParsedJob> job = ReadJob(flags);
+  if (!job.ok()) return EnvRank() == 0 ? Fail(job.status(), kBadJob) : kBadJob;
+  if (prepare->parsed()) return RunPrepare(flags, *job);
+  return RunWorker(flags, *job);
+}
+
+}  // namespace
+}  // namespace simpo
+
+// jemalloc, linked in: freed pages are kept, large blocks included, on huge pages. With glibc a
+// trainer spends up to half its time in page faults (docs/architecture.md).
+extern "C" const char* malloc_conf;
+const char* malloc_conf = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,metadata_thp:auto";
+
+int main(int argc, char** argv) { return simpo::Main(argc, argv); }

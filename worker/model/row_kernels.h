@@ -1,0 +1,39 @@
+#ifndef SIMPO_WORKER_MODEL_ROW_KERNELS_H_
+#define SIMPO_WORKER_MODEL_ROW_KERNELS_H_
+
+#include <cstdint>
+
+// The inner loops of kernels_cpu.cc over rows in memory. row_kernels.cc is compiled once per
+// instruction set, with nothing but the C library, so that no inline function of another library
+// is ever compiled for a processor that may not be there; BestRowKernels() picks at run time.
+namespace simpo {
+
+// bf16 as its bits: the upper half of an fp32.
+struct Bf16Bits {
+  uint16_t bits;
+};
+
+template <typename T>
+struct RowKernels {
+  // One row of H elements. Returns rstd = 1 / sqrt(mean(x^2) + eps).
+  float (*rms_norm)(const T* x, const T* weight, float eps, int64_t size, T* y);
+  // One row; weight_grad (fp32) is added to.
+  void (*rms_norm_backward)(const T* gy, const T* x, const T* weight, float rstd, int64_t size, T* gx,
+                            float* weight_grad);
+  // One row: y = silu(gate) * up.
+  void (*swiglu)(const T* gate, const T* up, int64_t width, T* y);
+  void (*swiglu_backward)(const T* gy, const T* gate, const T* up, int64_t width, T* grad_gate, T* grad_up);
+  // One head of one row: rotate-half by (cos, sin) of half the head's size.
+  void (*rotate)(const T* x, const float* cos, const float* sin, int64_t half, float sign, T* y);
+  // One row of logits.
+  void (*logit_stats)(const T* logits, int64_t vocab, float* lse, float* mean);
+  void (*scaled_softmax)(T* logits, int64_t vocab, float lse, float scale);
+};
+
+// For the processor that this runs on. T: float, Bf16Bits.
+template <typename T>
+const RowKernels<T>& BestRowKernels();
+
+}  // namespace simpo
+
+#endif  // SIMPO_WORKER_MODEL_ROW_KERNELS_H_

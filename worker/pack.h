@@ -1,0 +1,55 @@
+#ifndef SIMPO_WORKER_PACK_H_
+#define SIMPO_WORKER_PACK_H_
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "worker/data/tokenized_dataset.h"
+
+namespace simpo {
+
+// Where one pair lies in a packed row: [shared prefix | rest of chosen | rest of rejected]. The last
+// token of either sequence is never an input: it is only predicted.
+struct PackedPair {
+  int64_t begin = 0;
+  int64_t prefix = 0;
+  int64_t chosen_rest = 0;
+  int64_t rejected_rest = 0;
+  int64_t size() const { return prefix + chosen_rest + rejected_rest; }
+};
+
+// One scored token of one response: its log-probability is log softmax(logits of `row`)[target].
+// A scored token that both responses share has two entries with the same row.
+struct ScoredToken {
+  int32_t row = 0;       // index into PackedBatch::head_rows_N
+  int32_t target = 0;    // token id
+  int32_t response = 0;  // 2 * pair for chosen, 2 * pair + 1 for rejected
+};
+
+// A micro-batch without padding. Shape letters: T input tokens, N rows of the head.
+struct PackedBatch {
+  std::vector<PackedPair> pairs;
+  at::Tensor input_ids_T;     // int64
+  at::Tensor positions_T;     // int64; those of the rejected rest start again at the prefix's length
+  at::Tensor head_rows_N;     // int64, strictly increasing: hidden rows whose logits are needed
+  std::vector<ScoredToken> scored;       // in the order of the pairs
+  std::vector<int64_t> pair_head_begin;  // [pairs + 1], rows of each pair in head_rows_N
+  std::vector<int64_t> pair_scored_begin;  // [pairs + 1], entries of each pair in `scored`
+  std::vector<int32_t> scored_tokens;    // [2 * pairs], by response
+  int64_t source_tokens = 0;  // tokens that a trainer without sharing would process (no padding)
+
+  int64_t num_pairs() const { return static_cast<int64_t>(pairs.size()); }
+};
+
+// Input tokens that `pair` takes in a packed row.
+int64_t PackedSize(const TokenizedPair& pair);
+
+// Packs pairs into one row, on the host.
+PackedBatch Pack(std::span<const TokenizedPair> pairs);
+
+}  // namespace simpo
+
+#endif  // SIMPO_WORKER_PACK_H_
