@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -36,6 +37,7 @@
 #include "worker/data/prepare.h"
 #include "worker/data/tokenized_dataset.h"
 #include "worker/model/model_config.h"
+#include "worker/model/safetensors.h"
 #include "worker/train.h"
 
 namespace simpo {
@@ -130,23 +132,64 @@ absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions*
   return absl::OkStatus();
 }
 
+// Whether the run goes on from a checkpoint in its own output folder.
+bool ResumesInPlace(const TrainOptions& options) {
+  const std::string& from = options.config.resume_from_checkpoint;
+  if (options.resume_latest || from == "true") return true;
+  return !from.empty() && fs::absolute(from).lexically_normal().parent_path() ==
+                              (options.output_dir / "checkpoints").lexically_normal();
+}
+
 // A folder that holds another run's results is never written over by accident.
-absl::Status ClaimOutputDir(const TrainOptions& options) {
+absl::Status CheckOutputDir(const TrainOptions& options) {
   const fs::path& dir = options.output_dir;
   const bool used = fs::exists(dir / "metrics.jsonl") || fs::exists(dir / "final");
-  const bool resuming = options.resume_latest || options.config.resume_from_checkpoint == "true";
-  if (used && !resuming && !options.config.overwrite_output_dir) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "output_dir ", dir.string(), " holds an earlier run. To go on from its last checkpoint add --set "
-        "resume_from_checkpoint=true; to start again add --set overwrite_output_dir=true; or choose another folder."));
-  }
+  if (!used || ResumesInPlace(options) || options.config.overwrite_output_dir) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "output_dir ", dir.string(), " holds an earlier run. To go on from its last checkpoint add --set "
+      "resume_from_checkpoint=true; to start again add --set overwrite_output_dir=true; or choose another folder."));
+}
+
+// Only once nothing else can be wrong: what is removed here is lost.
+absl::Status MakeOutputDir(const TrainOptions& options, bool* made) {
+  const fs::path& dir = options.output_dir;
   std::error_code error;
-  if (used && !resuming) {
+  if (!ResumesInPlace(options)) {
     for (const char* name : {"metrics.jsonl", "eval_metrics.jsonl", "checkpoints", "final"}) fs::remove_all(dir / name, error);
   }
-  fs::create_directories(dir, error);
+  *made = fs::create_directories(dir, error);
   if (error) return absl::PermissionDeniedError(absl::StrCat("cannot make output_dir ", dir.string(), ": ", error.message()));
   return absl::OkStatus();
+}
+
+// Every weight is there, whole, and of the shape that config.json says.
+absl::Status CheckWeights(const TrainOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<ModelWeightsReader> reader, ModelWeightsReader::Open(options.model_dir));
+  for (const WeightSpec& weight : ModelWeights(options.model)) {
+    SIMPO_RETURN_IF_ERROR(reader->Get(weight.name, weight.shape).status());
+  }
+  return absl::OkStatus();
+}
+
+// Every token of the data has a row in the model's embedding.
+absl::Status CheckTokens(const TrainOptions& options) {
+  int32_t largest = 0;
+  std::vector<fs::path> caches = {options.data.train_cache};
+  if (options.data.eval_cache) caches.push_back(*options.data.eval_cache);
+  for (const fs::path& cache : caches) {
+    SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<TokenizedDataset> data, TokenizedDataset::Open(cache));
+    for (int64_t i = 0; i < data->size(); ++i) {
+      const TokenizedPair pair = (*data)[i];
+      for (const auto& tokens : {pair.chosen, pair.rejected}) {
+        largest = std::max(largest, *std::max_element(tokens.begin(), tokens.end()));
+      }
+    }
+  }
+  if (largest < options.model.vocab_size) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "the tokenizer in ", options.tokenizer_dir.string(), " gives token ", largest, ", but vocab_size in ",
+      (options.model_dir / "config.json").string(), " is ", options.model.vocab_size,
+      ": they are of different models. Set tokenizer_name_or_path to the model's own tokenizer."));
 }
 
 int ExitCodeOf(const absl::Status& status) {
@@ -196,15 +239,21 @@ absl::Status DumpTokens(const fs::path& cache, const fs::path& path) {
   return absl::OkStatus();
 }
 
+// The checks and the tokenising that need no other rank.
+absl::Status CheckInputs(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
+  SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+  SIMPO_RETURN_IF_ERROR(CheckWeights(*options));
+  SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
+  return CheckTokens(*options);
+}
+
 // `simpo-worker prepare`: the checks that a gang would make, in one process.
 int RunPrepare(const Flags& flags, const ParsedJob& job) {
   TrainOptions options;
-  if (absl::Status status = FillOptions(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
-  absl::StatusOr<PreparedData> data = Prepare(options.config);
-  if (!data.ok()) return Fail(data.status(), ExitCodeOf(data.status()));
-  PrintPrepared(*data);
+  if (absl::Status status = CheckInputs(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
+  PrintPrepared(options.data);
   if (!flags.dump_tokens.empty()) {
-    if (absl::Status status = DumpTokens(data->train_cache, flags.dump_tokens); !status.ok()) {
+    if (absl::Status status = DumpTokens(options.data.train_cache, flags.dump_tokens); !status.ok()) {
       return Fail(status, kTryAgain);
     }
   }
@@ -235,15 +284,21 @@ std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOp
                                    .eval_metrics_path = options.output_dir / "eval_metrics.jsonl"});
 }
 
-// The checks and the tokenising that need no other rank. The first rank of each machine does them
-// before MPI starts, while its neighbours wait for it there; they find the token cache filled.
-absl::Status PrepareRank(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
+// What comes before the first collective. The first rank of each machine does it before MPI starts,
+// while its neighbours wait for it there; they find the token cache filled.
+absl::Status PrepareRank(const Flags& flags, const ParsedJob& job, TrainOptions* options, bool* made_output_dir) {
+  if (EnvLocalRank() != 0) {
+    SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+    SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
+    return absl::OkStatus();
+  }
+  if (EnvRank() != 0) return CheckInputs(flags, job, options);
   SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
-  if (EnvRank() == 0) SIMPO_RETURN_IF_ERROR(ClaimOutputDir(*options));
-  SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
-  if (EnvRank() != 0) return absl::OkStatus();
+  SIMPO_RETURN_IF_ERROR(CheckOutputDir(*options));
+  SIMPO_RETURN_IF_ERROR(CheckInputs(flags, job, options));
   PrintPrepared(options->data);
-  return flags.dump_tokens.empty() ? absl::OkStatus() : DumpTokens(options->data.train_cache, flags.dump_tokens);
+  if (!flags.dump_tokens.empty()) SIMPO_RETURN_IF_ERROR(DumpTokens(options->data.train_cache, flags.dump_tokens));
+  return MakeOutputDir(*options, made_output_dir);
 }
 
 // Every rank returns the same outcome.
@@ -259,16 +314,20 @@ absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, 
 }
 
 int RunWorker(const Flags& flags, const ParsedJob& job) {
+  // From now on: a stop that comes before the first step is not lost, it ends the run after that step.
+  signal(SIGUSR1, [](int) { g_stop_requested = true; });
   TrainOptions options;
+  bool made_output_dir = false;
   if (EnvLocalRank() == 0) {
-    if (absl::Status status = PrepareRank(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
+    if (absl::Status status = PrepareRank(flags, job, &options, &made_output_dir); !status.ok()) {
+      return Fail(status, ExitCodeOf(status));
+    }
   }
   int provided = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
   SetThreads(job.config);
-  signal(SIGUSR1, [](int) { g_stop_requested = true; });
   if (EnvLocalRank() != 0) {
-    if (absl::Status status = PrepareRank(flags, job, &options); !status.ok()) {
+    if (absl::Status status = PrepareRank(flags, job, &options, &made_output_dir); !status.ok()) {
       MPI_Abort(MPI_COMM_WORLD, Fail(status, ExitCodeOf(status)));
     }
   }
@@ -293,6 +352,9 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
   if (client != nullptr) client->Finish(code, message, /*timeout_ms=*/10000);
   client.reset();
   MPI_Finalize();
+  // A run that could not begin leaves no folder (one with anything in it stays).
+  std::error_code not_empty;
+  if (made_output_dir && (code == kBadJob || code == kBadInput)) fs::remove(options.output_dir, not_empty);
   return code;
 }
 
@@ -315,6 +377,7 @@ int Main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    if (EnvRank() != 0) return error.get_exit_code() == 0 ? kDone : kBadJob;  // rank 0 says it
     return app.exit(error) == 0 ? kDone : kBadJob;
   }
   if (!flags.log_dir.empty()) {
@@ -334,4 +397,11 @@ int Main(int argc, char** argv) {
 extern "C" const char* malloc_conf;
 const char* malloc_conf = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,metadata_thp:auto";
 
-int main(int argc, char** argv) { return simpo::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return simpo::Main(argc, argv);
+  } catch (const std::exception& error) {  // before MPI: a disk that fails, no memory
+    std::fprintf(stderr, "simpo-worker: %s\n", error.what());
+    return simpo::kTryAgain;
+  }
+}

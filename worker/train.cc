@@ -175,9 +175,10 @@ absl::Status Run::Resume() {
     std::vector<std::string> skipped;
     SIMPO_ASSIGN_OR_RETURN(from, LatestCheckpoint(checkpoints_dir(), &skipped));
     for (const std::string& reason : skipped) Event("checkpoint", absl::StrCat("skipped ", reason));
-  } else if (!config_.resume_from_checkpoint.empty()) {
-    from = config_.resume_from_checkpoint;
   }
+  // An attempt that left no checkpoint of its own is followed by one that begins where it began.
+  const std::string& given = config_.resume_from_checkpoint;
+  if (!from && !given.empty() && given != "true") from = given;
   if (!from) {
     SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<ModelWeightsReader> reader,
                            ModelWeightsReader::Open(options_.model_dir));
@@ -190,7 +191,9 @@ absl::Status Run::Resume() {
   if (auto it = state.extra.find("last_evaluation"); it != state.extra.end()) {
     last_evaluation_ = static_cast<int64_t>(it->second);
   }
-  if (state.extra.contains("recovery")) recovery_checkpoint_ = *from;
+  // Another run's checkpoint is not this run's to remove.
+  const bool own = std::filesystem::absolute(*from).lexically_normal().parent_path() == checkpoints_dir().lexically_normal();
+  if (own && state.extra.contains("recovery")) recovery_checkpoint_ = *from;
   if (state.global_batch_size != global_batch_size_) {
     Event("resumed", absl::StrFormat("the global batch size stays %d, as the run began, not %d",
                                      state.global_batch_size, global_batch_size_));

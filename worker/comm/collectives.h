@@ -38,6 +38,9 @@ class Collectives {
 // MPI on host memory; MPI_Init must have been called.
 std::unique_ptr<Collectives> MakeMpiCollectives();
 
+// NCCL on GPU tensors, one GPU per rank; `host` carries the unique id. Only in builds with SIMPO_CUDA.
+std::unique_ptr<Collectives> MakeNcclCollectives(Collectives& host);
+
 // A world of one rank: every verb is the identity. Also what unit tests use.
 std::unique_ptr<Collectives> MakeSingleRankCollectives();
 

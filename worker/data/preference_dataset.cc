@@ -92,7 +92,22 @@ absl::Status FillTexts(const Json& json, PreferenceRow* row) {
   return absl::OkStatus();
 }
 
-bool HasBadUtf8(const std::string& message) { return message.find("UTF-8") != std::string::npos; }
+// The reader itself checks within strings only; writing checks all.
+bool IsUtf8(std::string_view text) {
+  try {
+    return !Json(std::string(text)).dump().empty();
+  } catch (const Json::exception&) {
+    return false;
+  }
+}
+
+// An error's text may end within a character of the row that it quotes.
+std::string PlainText(std::string text) {
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) >= 0x80) c = '?';
+  }
+  return text;
+}
 
 }  // namespace
 
@@ -106,7 +121,7 @@ absl::StatusOr<PreferenceRow> ParsePreferenceRow(std::string_view text) {
       return !too_deep;
     });
   } catch (const Json::exception& error) {
-    return Bad(HasBadUtf8(error.what()) ? "the text is not UTF-8" : absl::StrCat("not valid JSON: ", error.what()));
+    return Bad(IsUtf8(text) ? absl::StrCat("not valid JSON: ", PlainText(error.what())) : "the text is not UTF-8");
   }
   if (too_deep) return Bad("the JSON nests too deep");
   if (!json.is_object()) return Bad("a row is a JSON object with chosen and rejected");

@@ -2,25 +2,39 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 
 namespace simpo {
+namespace {
+
+constexpr int64_t kMaxReasonBytes = 4096;
+
+// The text that `root` holds, on every rank.
+std::string BroadcastText(const std::string& text, int root, Collectives& comm) {
+  at::Tensor bytes = at::zeros({kMaxReasonBytes}, at::kByte);
+  char* data = static_cast<char*>(bytes.data_ptr());
+  if (comm.rank() == root) std::memcpy(data, text.data(), std::min<size_t>(text.size(), kMaxReasonBytes));
+  comm.Broadcast(bytes, root);
+  return std::string(data, strnlen(data, kMaxReasonBytes));
+}
+
+}  // namespace
 
 absl::Status AgreeOn(const absl::Status& mine, Collectives& comm, std::string_view what) {
   at::Tensor codes_W = at::zeros({comm.world_size()}, at::kLong);
   auto* codes = codes_W.data_ptr<int64_t>();
   codes[comm.rank()] = static_cast<int64_t>(mine.code());
   comm.AllReduce(codes_W);
+  const auto first = static_cast<int>(std::find_if(codes, codes + comm.world_size(), [](int64_t code) { return code != 0; }) - codes);
+  if (first == comm.world_size()) return absl::OkStatus();
+  const std::string reason = BroadcastText(std::string(mine.message()), first, comm);
   if (!mine.ok()) return mine;
-  for (int rank = 0; rank < comm.world_size(); ++rank) {
-    if (codes[rank] == 0) continue;
-    return absl::Status(
-        static_cast<absl::StatusCode>(codes[rank]),
-        absl::StrCat(std::string(what), " failed on rank ", rank, ", whose log has the reason"));
-  }
-  return absl::OkStatus();
+  return absl::Status(static_cast<absl::StatusCode>(codes[first]),
+                      absl::StrCat(std::string(what), " failed on rank ", first, ": ", reason));
 }
 
 }  // namespace simpo

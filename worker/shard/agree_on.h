@@ -10,7 +10,8 @@ namespace simpo {
 
 // Makes one rank's error everybody's, so that no rank goes on alone into a collective. OK when
 // every rank's `mine` is OK; else each failed rank's own error, and on the others an error of the
-// first failed rank's code that names this rank and `what` ("writing the checkpoint"). Collective.
+// first failed rank's code that names this rank, `what` ("writing the checkpoint") and its reason.
+// Collective.
 absl::Status AgreeOn(const absl::Status& mine, Collectives& comm, std::string_view what);
 
 }  // namespace simpo
