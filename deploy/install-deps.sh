@@ -83,7 +83,9 @@ if [ ! -e "$torch_dir/.complete" ]; then
   say "libtorch $torch_version: about 550 MB to download, 1.7 GB unpacked"
   partial=$torch_dir.partial
   rm -rf "$partial"; mkdir -p "$partial/wheels"
-  python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.11 --require-hashes \
+  # pip's progress bar on a terminal, nothing elsewhere.
+  quiet=(--quiet); [ -t 2 ] && quiet=(--progress-bar on)
+  python3 -m pip download "${quiet[@]}" --no-deps --only-binary=:all: --python-version 3.11 --require-hashes \
     -d "$partial/wheels" -r deploy/libtorch-requirements.txt
   for wheel in "$partial"/wheels/*.whl; do
     say "unpacking $(basename "$wheel" | cut -d- -f1,2)"
