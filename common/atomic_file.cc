@@ -6,6 +6,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
+
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 
@@ -67,7 +69,8 @@ absl::Status SyncPath(const std::filesystem::path& path) {
 }
 
 absl::Status WriteFileAtomically(const std::filesystem::path& path, std::string_view content, int mode) {
-  const std::filesystem::path temporary = absl::StrCat(path.string(), ".tmp.", getpid());
+  static std::atomic<int> counter = 0;  // threads may write the same path
+  const std::filesystem::path temporary = absl::StrCat(path.string(), ".tmp.", getpid(), ".", ++counter);
   {
     FileDescriptor file{open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode)};
     if (file.fd < 0) return ErrnoStatus("write", temporary);
@@ -78,7 +81,11 @@ absl::Status WriteFileAtomically(const std::filesystem::path& path, std::string_
       return status;
     }
   }
-  if (rename(temporary.c_str(), path.c_str()) != 0) return ErrnoStatus("rename to", path);
+  if (rename(temporary.c_str(), path.c_str()) != 0) {
+    const absl::Status status = ErrnoStatus("rename to", path);
+    unlink(temporary.c_str());
+    return status;
+  }
   return SyncPath(path.has_parent_path() ? path.parent_path() : std::filesystem::path("."));
 }
 

@@ -34,7 +34,7 @@ struct JobConfig {
   // --- data
   std::vector<std::pair<std::string, double>> dataset_mixer;       // (path or hub id, fraction)
   std::vector<std::pair<std::string, double>> eval_dataset_mixer;  // empty: the mixer's own eval split
-  std::vector<std::string> dataset_splits;                          // empty: train, and test if it is there
+  std::vector<std::string> dataset_splits;                         // empty: train, and test if it is there
   std::vector<std::string> dataset_configs;
   int32_t preprocessing_num_workers = 0;  // 0: as many as cores
   bool shuffle = true;
@@ -100,6 +100,7 @@ struct JobConfig {
   std::string resume_from_checkpoint;  // a checkpoint folder, "true" (the newest of output_dir) or empty
 
   int32_t Ranks() const { return nodes * ranks_per_node; }
+  bool operator==(const JobConfig&) const = default;
 };
 
 // One row of the table of keys.

@@ -25,8 +25,8 @@ struct JobParseOptions {
 
 struct ParsedJob {
   JobConfig config;
-  std::vector<std::string> notes;           // filled-in values, conversions, keys without effect here
-  std::vector<FieldViolation> violations;   // empty: the job may run
+  std::vector<std::string> notes;          // filled-in values, conversions, keys without effect here
+  std::vector<FieldViolation> violations;  // empty: the job may run
 };
 
 // Parses and checks a job file. Never stops at the first mistake: every violation is reported,

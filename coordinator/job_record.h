@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,13 @@ class RankChannel {
   virtual void Close(const absl::Status& status) = 0;
 };
 
+// A rank of one attempt.
+struct RankId {
+  std::string job_id;
+  int attempt = 0;
+  int rank = 0;
+};
+
 struct Rank {
   RankHealth health;
   int64_t last_heard_ms = 0;             // Unix time, for the metrics page
@@ -42,10 +50,12 @@ struct Gang {
   int64_t last_step = 0;                 // of the train split, stored for this attempt; 0: none
   int64_t last_eval_step = -1;           // -1: none
   std::string error;                     // what a rank said before it left
+  bool ack_due = false;                  // rank 0 is to hear that its reports are stored
   // Ending it: first asked by command, then terminated, then killed.
   std::string fault;                     // why this coordinator ends it as faulty; empty: it does not
   std::optional<SteadyTime> stop_asked;
   std::optional<SteadyTime> terminated;
+  bool termination_heard = false;        // there was a supervisor to hear it
   bool killed = false;
 };
 
@@ -60,11 +70,19 @@ struct JobRecord {
   int64_t not_before_ms = 0;  // end of the pause before the next attempt
   std::optional<Gang> gang;   // exactly while HoldsGang(job.state())
   uint64_t version = 1;       // grows with every change that a watcher should hear of
+  bool changed = false;       // since the last picture of it was published
+  std::set<std::string> worker_events;   // what ranks have said; they say it again after an outage
+  double mean_step_seconds = 0;          // over the latest steps, for the estimate of the end
 
   // For the metrics page.
   Histogram step_seconds;
   int64_t checkpoint_ms = 0;  // Unix time of the last complete checkpoint
 };
+
+// What a train report says of a job's progress.
+void ShowTrainReport(const v1::StepReport& report, v1::JobProgress* progress);
+// Two events of one attempt with the same key are the same event.
+std::string EventKey(const std::string& type, const std::string& message);
 
 }  // namespace simpo
 

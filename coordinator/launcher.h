@@ -48,9 +48,10 @@ class Launcher {
   virtual absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) = 0;
   // The coordinator's address for ranks that connect again.
   virtual absl::Status PublishAddress(const std::string& job_id, int attempt) = 0;
-  // What the engine itself has printed.
-  virtual std::filesystem::path LogFile(const std::filesystem::path& log_dir) const = 0;
 };
+
+// In an attempt's log_dir: what the engine itself and the checks before the ranks have printed.
+inline constexpr char kLauncherLog[] = "launcher.log";
 
 }  // namespace simpo
 

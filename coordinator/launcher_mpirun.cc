@@ -42,8 +42,6 @@ AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const
   return {options_.attempts_dir / job_id / absl::StrCat(attempt)};
 }
 
-fs::path MpirunLauncher::LogFile(const fs::path& log_dir) const { return log_dir / "launcher.log"; }
-
 absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangRequest& request) const {
   SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
   SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read |
@@ -55,6 +53,7 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
   }
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Address(), options_.coordinator_address + "\n"));
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Job(), request.job_yaml));
+  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(request.output_dir / "job.yaml", request.job_yaml));  // for the user
   return WriteAttemptSpec(files, {.job_id = request.job_id,
                                   .attempt = request.attempt,
                                   .ranks = request.ranks,
@@ -75,7 +74,7 @@ absl::Status MpirunLauncher::Start(const GangRequest& request) {
   SIMPO_RETURN_IF_ERROR(WriteFiles(files, request));
   SIMPO_ASSIGN_OR_RETURN(
       const pid_t pid, SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
-                                         LogFile(request.log_dir)));
+                                         request.log_dir / kLauncherLog));
   children_[{request.job_id, request.attempt}] = pid;
   return absl::OkStatus();
 }

@@ -29,7 +29,6 @@ class MpirunLauncher final : public Launcher {
   void Kill(const std::string& job_id, int attempt) override;
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override;
   absl::Status PublishAddress(const std::string& job_id, int attempt) override;
-  std::filesystem::path LogFile(const std::filesystem::path& log_dir) const override;
 
  private:
   AttemptFiles Files(const std::string& job_id, int attempt) const;

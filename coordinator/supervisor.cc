@@ -123,7 +123,7 @@ std::map<std::string, std::string> GangEnvironment(const AttemptFiles& files, co
 }
 
 std::vector<std::string> PrepareCommand(const AttemptFiles& files, const AttemptSpec& spec) {
-  return {spec.worker, "prepare", "--job", files.Job().string()};
+  return {spec.worker, "--job", files.Job().string(), "prepare"};
 }
 
 std::vector<std::string> GangCommand(const AttemptFiles& files, const AttemptSpec& spec) {

@@ -373,7 +373,7 @@ int Main(int argc, char** argv) {
   app.add_option("--dump-tokens", flags.dump_tokens, "Also write the train split's token ids to this file (JSON lines)");
   app.set_version_flag("--version", "simpo-worker " SIMPO_VERSION);
   CLI::App* prepare = app.add_subcommand("prepare", "Check model and data and fill the token cache; train nothing");
-  app.fallthrough();
+  prepare->fallthrough();  // --job may stand after the command too
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -41,6 +41,9 @@ absl::StatusOr<std::string> ChatTemplate::Render(std::span<const Message> messag
     context["messages"].push_back({{"role", message.role}, {"content", message.content}});
   }
   context["add_generation_prompt"] = add_generation_prompt;
+  // transformers defines these two whether they are given or not.
+  context["tools"] = nullptr;
+  context["documents"] = nullptr;
   if (!bos_token.empty()) context["bos_token"] = bos_token;
   if (!eos_token.empty()) context["eos_token"] = eos_token;
   const std::string json = context.dump();

@@ -18,8 +18,8 @@ struct Message {
   bool operator==(const Message&) const = default;
 };
 
-// A Jinja chat template, rendered as transformers' apply_chat_template does. Work and output are
-// bounded, so a hostile template ends in an error. Thread-safe.
+// A Jinja chat template, rendered as transformers' apply_chat_template does. Instructions and output are
+// bounded, so an endless template ends in an error (memory for the values in between is not). Thread-safe.
 class ChatTemplate {
  public:
   // INVALID_ARGUMENT names the template's line.

@@ -1,0 +1,123 @@
+#include "coordinator/controller.h"
+
+#include <utility>
+
+namespace simpo {
+namespace {
+
+constexpr std::chrono::milliseconds kTick{200};
+
+absl::Status Stopping() {
+  return absl::UnavailableError("the coordinator is stopping; ask again when it is back");
+}
+
+}  // namespace
+
+void Controller::Start(Launcher& launcher) {
+  dispatcher_.Adopt(launcher, Moment::Now());
+  thread_ = std::thread([this] { Run(); });
+}
+
+void Controller::Stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  posted_.notify_one();
+  if (thread_.joinable()) thread_.join();
+  RefuseAll(Stopping());
+}
+
+void Controller::Post(Event event) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!closed_) {
+      events_.push_back(std::move(event));
+      posted_.notify_one();
+      return;
+    }
+  }
+  event.refuse(Stopping());
+}
+
+void Controller::RefuseAll(const absl::Status& status) {
+  std::deque<Event> events;
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    events.swap(events_);
+  }
+  for (const Event& event : events) event.refuse(status);
+}
+
+void Controller::Run() {
+  SteadyTime next_tick = Moment::Now().steady;
+  while (true) {
+    std::deque<Event> events;
+    bool stop = false;
+    {
+      std::unique_lock lock(mutex_);
+      posted_.wait_until(lock, next_tick, [&] { return stop_ || !events_.empty(); });
+      events.swap(events_);
+      stop = stop_;
+    }
+    const SteadyTime now = Moment::Now().steady;
+    const bool tick = now >= next_tick && !stop;
+    if (tick) next_tick = now + kTick;
+    if (!Work(std::move(events), tick) || stop) return;
+  }
+}
+
+bool Controller::Work(std::deque<Event> events, bool tick) {
+  const Moment now = Moment::Now();
+  for (const Event& event : events) event.apply(now);
+  if (tick) dispatcher_.Tick(now);
+  const absl::Status status = dispatcher_.Flush(now);
+  {
+    const std::lock_guard lock(mutex_);
+    stats_ = dispatcher_.stats();
+  }
+  if (status.ok()) return true;
+  RefuseAll(status);
+  on_failure_(status);
+  return false;
+}
+
+void Controller::Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done) {
+  Post({.apply =
+            [this, submission = std::move(submission), request_id = std::move(request_id), done](Moment now) {
+              dispatcher_.Submit(submission, request_id, now, done);
+            },
+        .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
+void Controller::Cancel(std::string job_id, Dispatcher::CancelDone done) {
+  Post({.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Cancel(job_id, now, done); },
+        .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
+void Controller::Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel) {
+  Post({.apply = [this, hello = std::move(hello), channel](Moment now) { dispatcher_.Attach(hello, channel, now); },
+        .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
+}
+
+void Controller::Receive(RankId from, v1::AttachRequest message, std::function<void()> taken) {
+  Post({.apply =
+            [this, from = std::move(from), message = std::move(message), taken](Moment now) {
+              dispatcher_.Receive(from, message, now);
+              taken();
+            },
+        .refuse = [](const absl::Status&) {}});
+}
+
+void Controller::Leave(RankId rank, std::shared_ptr<RankChannel> channel) {
+  Post({.apply = [this, rank = std::move(rank), channel](Moment) { dispatcher_.Leave(rank, channel); },
+        .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
+}
+
+Dispatcher::Stats Controller::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+}  // namespace simpo

@@ -1,0 +1,68 @@
+#ifndef SIMPO_COORDINATOR_CONTROLLER_H_
+#define SIMPO_COORDINATOR_CONTROLLER_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "coordinator/dispatcher.h"
+
+namespace simpo {
+
+// The Dispatcher's thread, and the queue through which all others reach it. What waits in the queue is
+// taken as one group and committed at once. Thread-safe; no function waits for the disk.
+class Controller {
+ public:
+  // `on_failure` is called once, by the controller's thread, when the stores cannot be written any more;
+  // by then everything that waits is refused.
+  Controller(Dispatcher& dispatcher, std::function<void(const absl::Status&)> on_failure)
+      : dispatcher_(dispatcher), on_failure_(std::move(on_failure)) {}
+  ~Controller() { Stop(); }
+
+  // Adopts what is left of an earlier coordinator and begins to work.
+  void Start(Launcher& launcher);
+  // Works off the queue and ends the thread. Gangs go on. What comes later is refused.
+  void Stop();
+
+  // `done` is called by the controller's thread once the answer is durable.
+  void Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done);
+  void Cancel(std::string job_id, Dispatcher::CancelDone done);
+
+  void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);
+  // `taken` is called when the message has left the queue.
+  void Receive(RankId from, v1::AttachRequest message, std::function<void()> taken);
+  void Leave(RankId rank, std::shared_ptr<RankChannel> channel);
+
+  Dispatcher::Stats stats() const;
+
+ private:
+  struct Event {
+    std::function<void(Moment)> apply;
+    std::function<void(const absl::Status&)> refuse;
+  };
+  void Post(Event event);
+  void Run();
+  // False when the stores have failed.
+  bool Work(std::deque<Event> events, bool tick);
+  void RefuseAll(const absl::Status& status);
+
+  Dispatcher& dispatcher_;  // belongs to thread_ once it runs
+  const std::function<void(const absl::Status&)> on_failure_;
+  mutable std::mutex mutex_;
+  std::condition_variable posted_;
+  std::deque<Event> events_;  // guarded by mutex_
+  bool stop_ = false;         // guarded by mutex_
+  bool closed_ = false;       // guarded by mutex_; nothing is taken any more
+  Dispatcher::Stats stats_;   // guarded by mutex_
+  std::thread thread_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_CONTROLLER_H_

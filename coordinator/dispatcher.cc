@@ -1,0 +1,368 @@
+#include "coordinator/dispatcher.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "coordinator/placement.h"
+#include "coordinator/rpc_errors.h"
+
+namespace simpo {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kEventsOfAJob = 200;        // that are looked through at the start
+constexpr int64_t kRecentMs = 3'600'000;  // ended jobs that may still be on the metrics page
+
+// Ten letters and digits, the first a letter; no vowels, so that no word comes out.
+absl::StatusOr<std::string> NewJobId() {
+  constexpr char kAlphabet[] = "bcdfghjkmnpqrstvwxz23456789";
+  constexpr size_t kLetters = 19;
+  constexpr size_t kAll = sizeof(kAlphabet) - 1;
+  std::array<unsigned char, 40> bytes;  // four for each place: the remainder's bias is gone
+  if (getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size())) {
+    return absl::UnavailableError("the kernel gives no random bytes");
+  }
+  std::string id;
+  for (size_t i = 0; i < bytes.size(); i += 4) {
+    const uint32_t number = bytes[i] | bytes[i + 1] << 8 | bytes[i + 2] << 16 | uint32_t{bytes[i + 3]} << 24;
+    id += kAlphabet[number % (id.empty() ? kLetters : kAll)];
+  }
+  return id;
+}
+
+JobConfig ConfigOf(const v1::Job& job) {
+  ParsedJob parsed = ParseJobYaml(job.config_yaml(), {.file_name = "job.yaml", .base_dir = job.output_dir()});
+  if (!parsed.violations.empty()) {
+    LOG_WARNING(absl::StrCat("job ", job.id(), ": its stored file is no longer valid: ",
+                             FormatViolations(parsed.violations, "job.yaml")));
+  }
+  return std::move(parsed.config);
+}
+
+}  // namespace
+
+std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
+  auto view = std::make_shared<JobView>();
+  view->sequence = record.sequence;
+  view->version = record.version;
+  view->request_digest = record.request_digest;
+  view->job = record.job;
+  // The stored phase says how far the ranks of any attempt have come.
+  if (record.job.state() == v1::JOB_STATE_LAUNCHING) view->job.mutable_progress()->set_phase("prepare");
+  view->attempts = record.attempts;
+  view->model = record.config.model_name_or_path;
+  view->loss_type = record.config.loss_type;
+  view->launcher = record.config.launcher;
+  view->step_seconds = record.step_seconds;
+  view->checkpoint_ms = record.checkpoint_ms;
+  if (record.gang) {
+    view->secret = record.gang->secret;
+    for (const Rank& rank : record.gang->ranks) {
+      if (rank.last_heard_ms != 0) view->last_heard_ms.push_back(rank.last_heard_ms);
+    }
+  }
+  return view;
+}
+
+Dispatcher::Dispatcher(Options options, Database& database, JobStore& jobs, MetricStore& metrics, JobViews& views)
+    : options_(std::move(options)), database_(database), jobs_(jobs), metrics_(metrics), views_(views) {}
+
+void Dispatcher::Write(const absl::Status& status) {
+  if (store_status_.ok()) store_status_ = status;
+}
+
+void Dispatcher::Changed(JobRecord& record, bool for_watchers) {
+  if (!record.changed) changed_.push_back(&record);
+  record.changed = true;
+  if (for_watchers) ++record.version;
+}
+
+JobRecord* Dispatcher::FindRecord(const std::string& job_id) {
+  const auto found = by_id_.find(job_id);
+  return found == by_id_.end() ? nullptr : found->second;
+}
+
+JobRecord& Dispatcher::AddRecord(StoredJob stored) {
+  auto record = std::make_unique<JobRecord>();
+  record->sequence = stored.sequence;
+  record->request_digest = std::move(stored.request_digest);
+  record->job = std::move(stored.job);
+  record->attempts = std::move(stored.attempts);
+  record->last_event = stored.last_event;
+  JobRecord& result = *record;
+  by_id_[result.job.id()] = &result;
+  by_request_id_[result.job.request_id()] = &result;
+  next_sequence_ = std::max(next_sequence_, result.sequence + 1);
+  if (!IsFinal(result.job.state())) live_[result.sequence] = &result;
+  records_[result.sequence] = std::move(record);
+  Changed(result);
+  return result;
+}
+
+absl::Status Dispatcher::Load(Moment now) {
+  SIMPO_ASSIGN_OR_RETURN(std::vector<StoredJob> stored, jobs_.LoadJobs());
+  for (StoredJob& job : stored) {
+    JobRecord& record = AddRecord(std::move(job));
+    const bool is_final = IsFinal(record.job.state());
+    if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record));
+    // The config of what ended long ago is of no more use.
+    if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) record.config = ConfigOf(record.job);
+  }
+  PublishChanged();
+  return absl::OkStatus();
+}
+
+// The progress of a live job is not written at every step; its points are.
+absl::Status Dispatcher::LoadLive(JobRecord& record) {
+  SIMPO_ASSIGN_OR_RETURN(const auto train, metrics_.LastReport(record.sequence, "train", /*attempt=*/0));
+  SIMPO_ASSIGN_OR_RETURN(const auto eval, metrics_.LastReport(record.sequence, "eval", /*attempt=*/0));
+  if (train) ShowTrainReport(*train, record.job.mutable_progress());
+  if (eval) *record.job.mutable_progress()->mutable_eval_metrics() = eval->point().values();
+  SIMPO_ASSIGN_OR_RETURN(const auto events, jobs_.LastEvents(record.sequence, kEventsOfAJob));
+  for (const v1::JobEvent& event : events) {
+    if (event.type() == "checkpoint") record.checkpoint_ms = UnixMillis(event.time());
+    if (event.attempt() == record.job.attempt()) record.worker_events.insert(EventKey(event.type(), event.message()));
+  }
+  if (record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty()) {
+    record.not_before_ms = UnixMillis(record.attempts.back().end_time()) + PauseAfter(record.job.restarts()).count();
+  }
+  return absl::OkStatus();
+}
+
+void Dispatcher::Adopt(Launcher& launcher, Moment now) {
+  launcher_ = &launcher;
+  for (const auto& [sequence, record] : live_) {
+    if (HoldsGang(record->job.state())) AdoptGang(*record, now);
+  }
+}
+
+void Dispatcher::AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms) {
+  v1::JobEvent event;
+  event.set_sequence(++record.last_event);
+  *event.mutable_time() = ToTimestamp(unix_ms);
+  event.set_type(type);
+  event.set_message(message);
+  event.set_attempt(record.job.attempt());
+  event.set_state(record.job.state());
+  Write(jobs_.AddEvent(record.sequence, event, metrics_.last_sequence()));
+  Changed(record);
+  LOG_INFO(absl::StrCat("job ", record.job.id(), ", attempt ", record.job.attempt(), ": ", type, ": ", message));
+}
+
+bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string& event, const std::string& reason,
+                       Moment now) {
+  const v1::JobState state = record.job.state();
+  const std::optional<Transition> transition = NextState(state, trigger);
+  if (!transition) {
+    LOG_ERROR(absl::StrCat("job ", record.job.id(), ": '", JobTriggerName(trigger), "' cannot happen in state ",
+                           JobStateName(state), "; ignored"));
+    return false;
+  }
+  if (transition->next == state) return true;
+  record.job.set_state(transition->next);
+  record.job.set_reason(reason);
+  if (IsFinal(transition->next)) {
+    *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
+    live_.erase(record.sequence);
+  }
+  if (!HoldsGang(transition->next) && record.gang) {
+    for (Rank& rank : record.gang->ranks) {
+      if (rank.channel) rank.channel->Close(absl::OkStatus());
+    }
+    record.gang.reset();
+  }
+  AddEvent(record, event, reason, now.unix_ms);
+  Write(jobs_.UpdateJob(record.sequence, record.job));
+  if (transition->action == JobAction::kLaunch) launches_.push_back(&record);
+  placement_due_ = true;
+  return true;
+}
+
+std::optional<std::string> Dispatcher::OutputDirInUse(const std::string& output_dir) const {
+  for (const auto& [sequence, record] : live_) {
+    if (record->job.output_dir() == output_dir) return record->job.id();
+  }
+  return std::nullopt;
+}
+
+void Dispatcher::Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done) {
+  if (const auto earlier = by_request_id_.find(request_id); !request_id.empty() && earlier != by_request_id_.end()) {
+    JobRecord& record = *earlier->second;
+    if (record.request_digest != submission.request_digest) {
+      return done(WithReason(absl::AlreadyExistsError(absl::StrCat(
+                                 "request_id '", request_id, "' was used for another request, which became job ",
+                                 record.job.id(), "; use a new request_id")),
+                             "REQUEST_ID_REUSED"));
+    }
+    acknowledgements_.push_back([&record, done = std::move(done)](const absl::Status& status) {
+      if (!status.ok()) return done(status);
+      v1::SubmitJobResponse response;
+      *response.mutable_job() = record.job;
+      response.set_already_existed(true);
+      done(std::move(response));
+    });
+    return;
+  }
+  const absl::StatusOr<std::string> id = NewJobId();
+  if (!id.ok()) return done(id.status());
+
+  StoredJob stored{.sequence = next_sequence_, .request_digest = submission.request_digest, .job = submission.job};
+  JobConfig config = submission.config;
+  fs::path output_dir = config.output_dir;
+  if (!output_dir.is_absolute()) {
+    output_dir = options_.outputs_dir / absl::StrCat(FileNameOf(submission.job.name()), "-", *id);
+  }
+  output_dir = output_dir.lexically_normal();
+  if (const std::optional<std::string> other = OutputDirInUse(output_dir.string())) {
+    return done(BadRequestError({{"output_dir", 0,
+                                  absl::StrCat("'", output_dir.string(), "' is being written by job ", *other,
+                                               "; wait for it, cancel it, or name another folder")}},
+                                "job"));
+  }
+  config.output_dir = output_dir.string();
+  v1::Job& job = stored.job;
+  job.set_id(*id);
+  job.set_request_id(request_id.empty() ? *id : request_id);
+  job.set_state(v1::JOB_STATE_QUEUED);
+  job.set_reason("waiting for its turn");
+  job.set_output_dir(config.output_dir);
+  job.set_config_yaml(JobConfigToYaml(config));
+  *job.mutable_create_time() = ToTimestamp(now.unix_ms);
+  Write(jobs_.InsertJob(stored));
+  JobRecord& record = AddRecord(std::move(stored));
+  record.config = std::move(config);
+  AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
+  placement_due_ = true;
+  acknowledgements_.push_back(
+      [&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
+        if (!status.ok()) return done(status);
+        v1::SubmitJobResponse response;
+        *response.mutable_job() = record.job;
+        response.mutable_notes()->Add(notes.begin(), notes.end());
+        done(std::move(response));
+      });
+}
+
+void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) {
+  JobRecord* record = FindRecord(job_id);
+  if (record == nullptr) return done(absl::NotFoundError(absl::StrCat("there is no job '", job_id, "'")));
+  RequestEnd(*record, "cancelled on request", now);
+  acknowledgements_.push_back([record, done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    v1::CancelJobResponse response;
+    *response.mutable_job() = record->job;
+    done(std::move(response));
+  });
+}
+
+void Dispatcher::Place(Moment now) {
+  placement_due_ = false;
+  std::vector<WaitingJob> waiting;
+  int taken = 0;
+  for (const auto& [sequence, record] : live_) {
+    const v1::Job& job = record->job;
+    if (HoldsGang(job.state())) taken += job.slots();
+    if (!WaitsForSlots(job.state())) continue;
+    waiting.push_back({.id = job.id(),
+                       .priority = job.priority(),
+                       .sequence = sequence,
+                       .slots = job.slots(),
+                       .not_before_ms = record->not_before_ms});
+  }
+  const PlacementDecision decision = DecidePlacement(now.unix_ms, options_.slots_total, taken, std::move(waiting));
+  for (const auto& [id, reason] : decision.reasons) {
+    JobRecord& record = *FindRecord(id);
+    const bool restarts = record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty();
+    const std::string text = restarts ? absl::StrCat(record.attempts.back().reason(), "; ", reason) : reason;
+    if (record.job.reason() == text) continue;
+    record.job.set_reason(text);
+    Changed(record);
+  }
+  for (const std::string& id : decision.start) BeginAttempt(*FindRecord(id), now);
+}
+
+void Dispatcher::BeginAttempt(JobRecord& record, Moment now) {
+  v1::Job& job = record.job;
+  job.set_attempt(job.attempt() + 1);
+  if (!job.has_start_time()) *job.mutable_start_time() = ToTimestamp(now.unix_ms);
+  v1::Attempt& attempt = record.attempts.emplace_back();
+  attempt.set_number(job.attempt());
+  *attempt.mutable_start_time() = ToTimestamp(now.unix_ms);
+  attempt.set_log_dir((fs::path(job.output_dir()) / "logs" / absl::StrCat("attempt-", job.attempt())).string());
+  Write(jobs_.PutAttempt(record.sequence, attempt));
+  record.gang.emplace();
+  record.gang->ranks.resize(job.ranks());
+  record.worker_events.clear();
+  Apply(record, JobTrigger::kSlotsAssigned, "launched",
+        absl::StrCat("starting attempt ", job.attempt(), " on ", job.ranks(), job.ranks() == 1 ? " rank" : " ranks"),
+        now);
+}
+
+void Dispatcher::Launch(JobRecord& record, Moment now) {
+  if (!record.gang || record.job.state() != v1::JOB_STATE_LAUNCHING) return;
+  const v1::Job& job = record.job;
+  // An earlier attempt whose ranks had begun has claimed the folder; what lies there is this job's.
+  const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
+  absl::Status status = launcher_->Start({.job_id = job.id(),
+                                          .attempt = job.attempt(),
+                                          .ranks = job.ranks(),
+                                          .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
+                                          .resume_latest = resume,
+                                          .job_yaml = job.config_yaml(),
+                                          .log_dir = record.attempts.back().log_dir(),
+                                          .output_dir = job.output_dir()});
+  if (status.ok()) {
+    absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
+    if (secret.ok()) record.gang->secret = *std::move(secret);
+    status = secret.status();
+  }
+  if (status.ok()) return Changed(record);
+  EndAttempt(record, std::nullopt, absl::StrCat("could not be started: ", std::string(status.message())), now);
+}
+
+void Dispatcher::PublishChanged() {
+  std::vector<JobViews::View> views;
+  for (JobRecord* record : std::exchange(changed_, {})) {
+    record->changed = false;
+    views.push_back(MakeView(*record));
+  }
+  views_.Publish(std::move(views));
+}
+
+absl::Status Dispatcher::Commit() {
+  SIMPO_RETURN_IF_ERROR(store_status_);
+  if (!database_.InTransaction()) return absl::OkStatus();
+  const auto begin = std::chrono::steady_clock::now();
+  SIMPO_RETURN_IF_ERROR(database_.Commit());
+  stats_.commit_seconds.Add(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  return absl::OkStatus();
+}
+
+void Dispatcher::FailAll(const absl::Status& status) {
+  const absl::Status answer = absl::UnavailableError(
+      absl::StrCat("the coordinator cannot write its database and stops: ", std::string(status.message())));
+  for (const Acknowledgement& acknowledge : std::exchange(acknowledgements_, {})) acknowledge(answer);
+}
+
+absl::Status Dispatcher::Flush(Moment now) {
+  while (true) {
+    if (placement_due_ && launcher_ != nullptr) Place(now);
+    if (absl::Status status = Commit(); !status.ok()) {
+      FailAll(status);
+      return status;
+    }
+    PublishChanged();
+    for (const Acknowledgement& acknowledge : std::exchange(acknowledgements_, {})) acknowledge(absl::OkStatus());
+    if (launches_.empty() && !placement_due_) return absl::OkStatus();
+    for (JobRecord* record : std::exchange(launches_, {})) Launch(*record, now);
+  }
+}
+
+}  // namespace simpo

@@ -1,0 +1,148 @@
+#ifndef SIMPO_COORDINATOR_DISPATCHER_H_
+#define SIMPO_COORDINATOR_DISPATCHER_H_
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/database.h"
+#include "coordinator/histogram.h"
+#include "coordinator/job_record.h"
+#include "coordinator/job_state.h"
+#include "coordinator/job_store.h"
+#include "coordinator/job_views.h"
+#include "coordinator/launcher.h"
+#include "coordinator/liveness.h"
+#include "coordinator/metric_store.h"
+#include "coordinator/moment.h"
+#include "coordinator/submission.h"
+#include "simpo/v1/training_service.pb.h"
+
+namespace simpo {
+
+// Every job in memory, and what becomes of it: what happens to a job is one call here, which goes
+// through the table of job_state.h, writes to the stores and notes what is to follow. Flush then makes
+// the writes of all calls since the last Flush durable at once, and only after that publishes the new
+// pictures, acknowledges, and starts gangs. So whatever anyone hears of has survived a crash already,
+// and after a crash Load and Adopt go on from what is on disk.
+//
+// For one thread, which tells it the time. An error of the stores is kept and comes back from Flush.
+class Dispatcher {
+ public:
+  struct Options {
+    int slots_total = 1;
+    std::filesystem::path outputs_dir;                   // absolute; of jobs without an absolute output_dir
+    LivenessLimits liveness;
+    std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
+    std::chrono::milliseconds first_pause{1'000};         // before the second attempt; doubles with each further one
+    std::chrono::milliseconds longest_pause{60'000};
+    std::chrono::milliseconds stop_grace{120'000};        // from the command to stop to SIGTERM
+    std::chrono::milliseconds term_grace{15'000};         // from SIGTERM to SIGKILL
+  };
+  struct Stats {
+    Histogram commit_seconds;
+    int64_t points = 0;  // taken since this coordinator began
+  };
+  using SubmitDone = std::function<void(absl::StatusOr<v1::SubmitJobResponse>)>;
+  using CancelDone = std::function<void(absl::StatusOr<v1::CancelJobResponse>)>;
+
+  Dispatcher(Options options, Database& database, JobStore& jobs, MetricStore& metrics, JobViews& views);
+
+  // Reads every job and publishes it. Once, before all else.
+  absl::Status Load(Moment now);
+  // From here on gangs are started by `launcher`, which outlives this object. Takes up what an earlier
+  // coordinator left: gangs that run go on, one that was about to be started is started.
+  void Adopt(Launcher& launcher, Moment now);
+
+  // --- what users ask. `done` is called by Flush, or at once with an error.
+  // The same request_id again gives the same job; with another digest it is ALREADY_EXISTS.
+  void Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done);
+  void Cancel(const std::string& job_id, Moment now, CancelDone done);
+
+  // --- what ranks say. What comes from another attempt than the current one is turned away.
+  void Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> channel, Moment now);
+  void Receive(const RankId& from, const v1::AttachRequest& message, Moment now);
+  // The stream is at its end; it is closed once all that came by it is on disk.
+  void Leave(const RankId& rank, std::shared_ptr<RankChannel> channel);
+
+  // Looks after gangs, limits of time and the queue; a few times a second.
+  void Tick(Moment now);
+  // An error means that it is unknown what is on disk: stop, and let a new coordinator begin from there.
+  absl::Status Flush(Moment now);
+
+  const Stats& stats() const { return stats_; }
+
+ private:
+  using Acknowledgement = std::function<void(const absl::Status&)>;
+
+  // dispatcher.cc: jobs and the queue.
+  void Write(const absl::Status& status);
+  void Changed(JobRecord& record, bool for_watchers = true);
+  JobRecord* FindRecord(const std::string& job_id);
+  JobRecord& AddRecord(StoredJob stored);
+  std::optional<std::string> OutputDirInUse(const std::string& output_dir) const;
+  void AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms);
+  // Moves a job on; false where the table has no such move.
+  bool Apply(JobRecord& record, JobTrigger trigger, const std::string& event, const std::string& reason, Moment now);
+  void Place(Moment now);
+  void BeginAttempt(JobRecord& record, Moment now);
+  void Launch(JobRecord& record, Moment now);
+  void PublishChanged();
+  absl::Status LoadLive(JobRecord& record);
+  absl::Status Commit();
+  void FailAll(const absl::Status& status);
+
+  // dispatcher_gangs.cc: attempts and their ranks.
+  void AdoptGang(JobRecord& record, Moment now);
+  Gang* GangOf(const RankId& rank, JobRecord** record);
+  void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat);
+  void TakeReport(JobRecord& record, v1::StepReport report, Moment now);
+  // Once it is stored, rank 0 hears how far its reports are.
+  void AcknowledgeReports(JobRecord& record);
+  void TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now);
+  // Asks a job to end: by command where there is training to keep, else by signal.
+  void RequestEnd(JobRecord& record, const std::string& why, Moment now);
+  void SendStop(JobRecord& record);
+  void Terminate(JobRecord& record, Moment now);
+  void TendGang(JobRecord& record, Moment now);
+  void Escalate(JobRecord& record, Moment now);
+  // Empty exit code: the gang was lost.
+  void EndAttempt(JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason, Moment now);
+  void TakeLeftPoints(JobRecord& record, Moment now);
+  std::string DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason) const;
+  std::chrono::milliseconds PauseAfter(int restarts) const;
+
+  const Options options_;
+  Database& database_;
+  JobStore& jobs_;
+  MetricStore& metrics_;
+  JobViews& views_;
+  Launcher* launcher_ = nullptr;
+
+  std::map<int64_t, std::unique_ptr<JobRecord>> records_;  // by sequence
+  std::map<std::string, JobRecord*> by_id_, by_request_id_;
+  std::map<int64_t, JobRecord*> live_;  // those that have not ended
+  std::vector<JobRecord*> changed_;     // since the last publication
+  int64_t next_sequence_ = 1;
+
+  absl::Status store_status_;
+  bool placement_due_ = true;
+  std::vector<Acknowledgement> acknowledgements_;
+  std::vector<JobRecord*> launches_;
+  Stats stats_;
+};
+
+// The picture of a record that others see.
+std::shared_ptr<const JobView> MakeView(const JobRecord& record);
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_DISPATCHER_H_

@@ -1,0 +1,103 @@
+#include "coordinator/http_server.h"
+
+#include <httplib.h>
+#include <prometheus/text_serializer.h>
+
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace simpo {
+namespace {
+
+constexpr int kThreads = 8;
+constexpr int kTimeoutSeconds = 5;
+constexpr int kKeepAliveSeconds = 2;  // an idle client holds one of the threads
+constexpr char kMetricsType[] = "text/plain; version=0.0.4; charset=utf-8";
+
+constexpr char kPage[] = R"(<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>%</title>
+<h1>%</h1>
+<ul>
+<li><a href="/metrics">/metrics</a>: every job's values for Prometheus (scrape it with honor_labels: true)
+<li><a href="/healthz">/healthz</a>: whether the coordinator is well
+</ul>
+<p>Jobs are listed by <code>simpoctl list</code> and followed by <code>simpoctl watch JOB</code>.
+</html>
+)";
+
+std::string Page(const std::string& title) {
+  std::string page;
+  for (const char* c = kPage; *c != '\0'; ++c) *c == '%' ? page.append(title) : page.append(1, *c);
+  return page;
+}
+
+class Server final : public HttpServer {
+ public:
+  explicit Server(Options options) : options_(std::move(options)) {
+    server_.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
+    server_.set_read_timeout(kTimeoutSeconds);
+    server_.set_write_timeout(kTimeoutSeconds);
+    server_.set_keep_alive_timeout(kKeepAliveSeconds);
+    server_.set_payload_max_length(1024);
+    // The library's default shares the port with whoever asks for it.
+    server_.set_socket_options([](socket_t socket) {
+      const int yes = 1;
+      setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+    });
+    server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
+      response.set_content(prometheus::TextSerializer().Serialize(options_.source->Collect()), kMetricsType);
+    });
+    server_.Get("/healthz", [this](const httplib::Request&, httplib::Response& response) {
+      const bool healthy = options_.healthy();
+      response.status = healthy ? 200 : 503;
+      response.set_content(healthy ? "ok\n" : "the database cannot be written; see the coordinator's log\n",
+                           "text/plain; charset=utf-8");
+    });
+    server_.Get("/", [this](const httplib::Request&, httplib::Response& response) {
+      response.set_content(Page(options_.title), "text/html; charset=utf-8");
+    });
+  }
+  ~Server() override {
+    server_.stop();
+    if (thread_.joinable()) thread_.join();
+  }
+
+  bool Bind() {
+    if (options_.port == 0) {
+      port_ = server_.bind_to_any_port(options_.host);
+      return port_ > 0;
+    }
+    port_ = options_.port;
+    return server_.bind_to_port(options_.host, options_.port);
+  }
+  void Listen() {
+    thread_ = std::thread([this] { server_.listen_after_bind(); });
+    // stop() has no effect on a server that is not running yet.
+    while (!server_.is_running()) std::this_thread::yield();
+  }
+  int port() const override { return port_; }
+
+ private:
+  const Options options_;
+  httplib::Server server_;
+  int port_ = 0;
+  std::thread thread_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(Options options) {
+  const std::string address = absl::StrCat(options.host, ":", options.port);
+  auto server = std::make_unique<Server>(std::move(options));
+  if (!server->Bind()) {
+    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address,
+                                               "; choose another address with --http (port 0: any free one)"));
+  }
+  server->Listen();
+  return server;
+}
+
+}  // namespace simpo

@@ -1,0 +1,32 @@
+#ifndef SIMPO_COORDINATOR_HTTP_SERVER_H_
+#define SIMPO_COORDINATOR_HTTP_SERVER_H_
+
+#include <prometheus/collectable.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+
+namespace simpo {
+
+// Read-only pages: /metrics for Prometheus, /healthz, and / with links. Serves on threads of its own.
+class HttpServer {
+ public:
+  struct Options {
+    std::string host;
+    int port = 0;                           // 0: any free one
+    std::string title;                      // of the page /
+    const prometheus::Collectable* source;  // of /metrics; outlives the server
+    std::function<bool()> healthy;          // for /healthz
+  };
+  // UNAVAILABLE names the address and why it cannot be had.
+  static absl::StatusOr<std::unique_ptr<HttpServer>> Start(Options options);
+  virtual ~HttpServer() = default;
+  virtual int port() const = 0;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_HTTP_SERVER_H_

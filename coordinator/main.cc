@@ -1,0 +1,93 @@
+// simpo-coordinator: takes training jobs and sees them through.
+//
+//   simpo-coordinator --data-dir DIR [--config coordinator.yaml] [flags]
+//   simpo-coordinator supervise --attempt-dir DIR      what it starts for each attempt of a job
+#include <grpc/support/log.h>
+#include <signal.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "coordinator/server.h"
+#include "coordinator/server_options.h"
+#include "coordinator/supervisor.h"
+
+namespace simpo {
+namespace {
+
+constexpr int kFailed = 1;
+constexpr int kBadUsage = 2;
+
+int Fail(const absl::Status& status) {
+  std::fprintf(stderr, "simpo-coordinator: %s\n", std::string(status.message()).c_str());
+  return absl::IsInvalidArgument(status) ? kBadUsage : kFailed;
+}
+
+sigset_t EndSignals() {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, signal);
+  return set;
+}
+
+int Serve(const ServerOptions& options) {
+  // Before any thread exists, so that all inherit it and only sigwait below takes them.
+  const sigset_t signals = EndSignals();
+  sigprocmask(SIG_BLOCK, &signals, nullptr);
+  std::atomic<bool> failed = false;
+  absl::StatusOr<std::unique_ptr<Server>> server =
+      Server::Start(options, SIMPO_VERSION, [&failed](const absl::Status& status) {
+        LOG_ERROR(absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
+                               "again when this is mended: ",
+                               std::string(status.message())));
+        failed = true;
+        kill(getpid(), SIGTERM);
+      });
+  if (!server.ok()) return Fail(server.status());
+  std::printf("simpo-coordinator %s ready: grpc %s, http %s, data %s, %d slots\n", SIMPO_VERSION,
+              (*server)->grpc_address().c_str(), (*server)->http_address().c_str(), options.data_dir.c_str(),
+              options.slots);
+  std::fflush(stdout);
+  int signal = 0;
+  sigwait(&signals, &signal);
+  if (!failed) LOG_INFO("stopping; running gangs go on, and the next coordinator finds them");
+  server->reset();
+  return failed ? kFailed : 0;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Takes SimPO training jobs over gRPC and runs them as gangs of workers on this machine.");
+  ServerOptions options;
+  std::string config;
+  std::string attempt_dir;
+  AddServerFlags(app, &options);
+  app.add_option("--config", config, "YAML file with the same settings, as data_dir: DIR; flags win");
+  app.set_version_flag("--version", "simpo-coordinator " SIMPO_VERSION);
+  CLI::App* supervise = app.add_subcommand("supervise", "Run one attempt of a job; the coordinator starts it");
+  supervise->add_option("--attempt-dir", attempt_dir, "The attempt's folder")->required();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kBadUsage;
+  }
+  if (supervise->parsed()) return RunSupervisor(attempt_dir);
+  // gRPC's own log would repeat what our messages say.
+  if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
+  if (!config.empty()) {
+    if (absl::Status status = ReadServerConfig(app, config, &options); !status.ok()) return Fail(status);
+  }
+  if (absl::Status status = CompleteServerOptions(&options); !status.ok()) return Fail(status);
+  return Serve(options);
+}
+
+}  // namespace
+}  // namespace simpo
+
+int main(int argc, char** argv) { return simpo::Main(argc, argv); }

@@ -1,0 +1,69 @@
+#include "coordinator/rpc_errors.h"
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "simpo/v1/error_details.pb.h"
+
+namespace simpo {
+namespace {
+
+constexpr char kErrorInfoType[] = "type.googleapis.com/google.rpc.ErrorInfo";
+constexpr char kBadRequestType[] = "type.googleapis.com/google.rpc.BadRequest";
+constexpr char kDomain[] = "simpo";
+// Both travel in the trailer, which clients take up to 8 KiB of, the details in base64.
+constexpr size_t kMaxMessageBytes = 3000;
+constexpr size_t kMaxDetailBytes = 3000;
+
+// As many whole lines as fit, and that there are more.
+std::string Shortened(absl::string_view message) {
+  if (message.size() <= kMaxMessageBytes) return std::string(message);
+  const size_t line_end = message.rfind('\n', kMaxMessageBytes);
+  const absl::string_view kept = message.substr(0, line_end == absl::string_view::npos ? kMaxMessageBytes : line_end);
+  return absl::StrCat(kept, "\n... and more; `simpoctl submit --dry-run` lists everything");
+}
+
+}  // namespace
+
+absl::Status BadRequestError(const std::vector<FieldViolation>& violations, std::string_view file_name) {
+  absl::Status status = absl::InvalidArgumentError(FormatViolations(violations, file_name));
+  v1::BadRequest details;
+  for (const FieldViolation& violation : violations) {
+    v1::BadRequest::FieldViolation& field = *details.add_field_violations();
+    field.set_field(violation.field);
+    field.set_description(violation.description);
+    if (details.ByteSizeLong() > kMaxDetailBytes) {
+      details.mutable_field_violations()->RemoveLast();
+      break;
+    }
+  }
+  status.SetPayload(kBadRequestType, absl::Cord(details.SerializeAsString()));
+  return WithReason(std::move(status), "BAD_JOB");
+}
+
+absl::Status WithReason(absl::Status status, std::string_view reason) {
+  v1::ErrorInfo info;
+  info.set_reason(std::string(reason));
+  info.set_domain(kDomain);
+  status.SetPayload(kErrorInfoType, absl::Cord(info.SerializeAsString()));
+  return status;
+}
+
+grpc::Status ToGrpcStatus(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  if (!status.GetPayload(kErrorInfoType)) {
+    return ToGrpcStatus(WithReason(status, absl::StatusCodeToString(status.code())));
+  }
+  const std::string message = Shortened(status.message());
+  v1::RpcStatus details;
+  details.set_code(static_cast<int>(status.code()));
+  if (message.size() < 512) details.set_message(message);
+  status.ForEachPayload([&](absl::string_view type, const absl::Cord& payload) {
+    google::protobuf::Any& any = *details.add_details();
+    any.set_type_url(std::string(type));
+    any.set_value(std::string(payload));
+  });
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message, details.SerializeAsString());
+}
+
+}  // namespace simpo

@@ -1,0 +1,211 @@
+#include "coordinator/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <filesystem>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "coordinator/controller.h"
+#include "coordinator/exposition.h"
+#include "coordinator/file_lock.h"
+#include "coordinator/http_server.h"
+#include "coordinator/launcher_mpirun.h"
+#include "coordinator/listen_address.h"
+#include "coordinator/training_service.h"
+#include "coordinator/worker_service.h"
+
+namespace simpo {
+namespace {
+
+namespace fs = std::filesystem;
+using std::chrono::milliseconds;
+
+constexpr milliseconds kShutdownGrace{2'000};  // for calls that are under way
+
+milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1000)); }
+
+Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
+  Dispatcher::Options result;
+  result.slots_total = options.slots;
+  result.outputs_dir = fs::path(options.data_dir) / "outputs";
+  result.liveness.attach = Milliseconds(options.attach_timeout_s);
+  result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);
+  result.heartbeat_interval = std::min(result.heartbeat_interval, result.liveness.heartbeat / 4);
+  result.first_pause = Milliseconds(options.restart_pause_s);
+  result.longest_pause = Milliseconds(options.restart_pause_max_s);
+  result.stop_grace = Milliseconds(options.stop_grace_s);
+  return result;
+}
+
+absl::Status MakeDataDir(const fs::path& dir) {
+  std::error_code error;
+  fs::create_directories(dir, error);
+  if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
+  return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
+                                                  error ? error.message() : "no permission to write there",
+                                                  "; choose another one with --data-dir"));
+}
+
+absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
+  absl::StatusOr<FileLock> lock = FileLock::Acquire(dir / "coordinator.lock");
+  if (!absl::IsAlreadyExists(lock.status())) return lock;
+  return absl::AlreadyExistsError(absl::StrCat("another simpo-coordinator is using the data directory ", dir.string(),
+                                               "; stop it first, or choose another one with --data-dir"));
+}
+
+std::string Hostname() {
+  char name[256] = "";
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+class ServerImpl final : public Server {
+ public:
+  ServerImpl(const ServerOptions& options, FileLock lock) : options_(options), lock_(std::move(lock)) {}
+  ~ServerImpl() override { Shutdown(); }
+
+  absl::Status Begin(const std::string& version, std::function<void(const absl::Status&)> on_failure) {
+    facts_ = {.version = version,
+              .start_ms = Moment::Now().unix_ms,
+              .data_dir = options_.data_dir,
+              .hostname = Hostname(),
+              .slots_total = options_.slots};
+    SIMPO_RETURN_IF_ERROR(OpenStores());
+    dispatcher_.emplace(DispatcherOptions(options_), *database_, *jobs_, *metrics_, views_);
+    views_.SetListener([this] { pump_->Wake(); });
+    pump_.emplace();
+    // Jobs are there before anybody can ask for them.
+    SIMPO_RETURN_IF_ERROR(dispatcher_->Load(Moment::Now()));
+    controller_.emplace(*dispatcher_, [this, on_failure = std::move(on_failure)](const absl::Status& status) {
+      healthy_ = false;
+      on_failure(status);
+    });
+    SIMPO_RETURN_IF_ERROR(StartHttp());
+    SIMPO_RETURN_IF_ERROR(StartGrpc());
+    launcher_.emplace(MpirunLauncher::Options{.attempts_dir = fs::path(options_.data_dir) / "attempts",
+                                              .supervisor = fs::read_symlink("/proc/self/exe").string(),
+                                              .worker = options_.worker,
+                                              .mpirun = options_.mpirun,
+                                              .coordinator_address = grpc_address_});
+    controller_->Start(*launcher_);
+    return absl::OkStatus();
+  }
+
+  const std::string& grpc_address() const override { return grpc_address_; }
+  const std::string& http_address() const override { return facts_.http_address; }
+
+ private:
+  absl::Status OpenStores() {
+    SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(fs::path(options_.data_dir) / "coordinator.db"));
+    SIMPO_ASSIGN_OR_RETURN(jobs_, JobStore::Open(*database_));
+    SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(*database_));
+    return absl::OkStatus();
+  }
+
+  ExpositionSnapshot TakeSnapshot() const {
+    return {.now_ms = Moment::Now().unix_ms,
+            .jobs = views_.All(),
+            .keep_ended_ms = static_cast<int64_t>(options_.keep_ended_minutes * 60'000),
+            .stats = controller_->stats(),
+            .rpc_durations = rpc_stats_.Get(),
+            .slots_total = options_.slots,
+            .version = facts_.version};
+  }
+
+  absl::Status StartHttp() {
+    SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress("--http", options_.http));
+    SIMPO_RETURN_IF_ERROR(CheckCanListen(address, "--http"));
+    collectable_.emplace([this] { return TakeSnapshot(); });
+    SIMPO_ASSIGN_OR_RETURN(http_, HttpServer::Start({.host = address.host,
+                                                     .port = address.port,
+                                                     .title = absl::StrCat("simpo-coordinator ", facts_.version),
+                                                     .source = &*collectable_,
+                                                     .healthy = [this] { return healthy_.load(); }}));
+    facts_.http_address = address.Reachable(http_->port());
+    return absl::OkStatus();
+  }
+
+  absl::Status StartGrpc() {
+    SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress("--listen", options_.listen));
+    SIMPO_RETURN_IF_ERROR(CheckCanListen(address, "--listen"));
+    training_.emplace(TrainingService::Parts{.controller = *controller_,
+                                             .views = views_,
+                                             .jobs = *jobs_,
+                                             .metrics = *metrics_,
+                                             .pump = *pump_,
+                                             .rpc_stats = rpc_stats_,
+                                             .facts = facts_});
+    workers_.emplace(*controller_, views_);
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    int port = 0;
+    grpc::ServerBuilder builder;
+    // Two servers would otherwise share the port in silence.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.AddListeningPort(address.ToString(), grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&*training_);
+    builder.RegisterService(&*workers_);
+    grpc_ = builder.BuildAndStart();
+    if (grpc_ == nullptr || port == 0) {
+      return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", address.ToString(),
+                                                 "; choose another address with --listen (port 0: any free one)"));
+    }
+    grpc_address_ = address.Reachable(port);
+    return absl::OkStatus();
+  }
+
+  // Users and ranks first, so that what they have said is still taken; then the controller.
+  void Shutdown() {
+    http_.reset();
+    if (pump_) pump_->Stop();
+    if (grpc_) {
+      if (auto* health = grpc_->GetHealthCheckService()) health->Shutdown();
+      grpc_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+    }
+    if (controller_) controller_->Stop();
+    grpc_.reset();
+  }
+
+  // In the order of construction; each needs only those above it.
+  const ServerOptions options_;
+  const FileLock lock_;
+  ServerFacts facts_;
+  std::atomic<bool> healthy_ = true;
+  std::unique_ptr<Database> database_;
+  std::unique_ptr<JobStore> jobs_;
+  std::unique_ptr<MetricStore> metrics_;
+  JobViews views_;
+  RpcStats rpc_stats_;
+  std::optional<MpirunLauncher> launcher_;
+  std::optional<StreamPump> pump_;
+  std::optional<Dispatcher> dispatcher_;
+  std::optional<Controller> controller_;
+  std::optional<CoordinatorCollectable> collectable_;
+  std::optional<TrainingService> training_;
+  std::optional<WorkerService> workers_;
+  std::unique_ptr<grpc::Server> grpc_;
+  std::unique_ptr<HttpServer> http_;
+  std::string grpc_address_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options, const std::string& version,
+                                                      std::function<void(const absl::Status&)> on_failure) {
+  SIMPO_RETURN_IF_ERROR(MakeDataDir(options.data_dir));
+  SIMPO_ASSIGN_OR_RETURN(FileLock lock, LockDataDir(options.data_dir));
+  auto server = std::make_unique<ServerImpl>(options, std::move(lock));
+  SIMPO_RETURN_IF_ERROR(server->Begin(version, std::move(on_failure)));
+  return server;
+}
+
+}  // namespace simpo

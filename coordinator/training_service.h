@@ -1,0 +1,72 @@
+#ifndef SIMPO_COORDINATOR_TRAINING_SERVICE_H_
+#define SIMPO_COORDINATOR_TRAINING_SERVICE_H_
+
+#include <cstdint>
+#include <string>
+
+#include "coordinator/controller.h"
+#include "coordinator/job_store.h"
+#include "coordinator/job_views.h"
+#include "coordinator/metric_store.h"
+#include "coordinator/rpc_stats.h"
+#include "coordinator/stream_pump.h"
+#include "simpo/v1/training_service.grpc.pb.h"
+
+namespace simpo {
+
+// What does not change while a coordinator runs.
+struct ServerFacts {
+  std::string version;
+  int64_t start_ms = 0;  // Unix time
+  std::string data_dir;
+  std::string http_address;
+  std::string hostname;
+  int slots_total = 1;
+};
+
+// Slots of the jobs that hold a gang.
+int SlotsTaken(const JobViews& views);
+
+// The users' RPCs: they check and translate; the controller decides, and pictures and stores answer.
+class TrainingService final : public v1::TrainingService::CallbackService {
+ public:
+  struct Parts {  // all outlive the service
+    Controller& controller;
+    const JobViews& views;
+    JobStore& jobs;
+    MetricStore& metrics;
+    StreamPump& pump;
+    RpcStats& rpc_stats;
+    const ServerFacts& facts;
+  };
+  explicit TrainingService(Parts parts) : parts_(parts) {}
+
+  grpc::ServerUnaryReactor* SubmitJob(grpc::CallbackServerContext* context, const v1::SubmitJobRequest* request,
+                                      v1::SubmitJobResponse* response) override;
+  grpc::ServerUnaryReactor* GetJob(grpc::CallbackServerContext* context, const v1::GetJobRequest* request,
+                                   v1::GetJobResponse* response) override;
+  grpc::ServerUnaryReactor* ListJobs(grpc::CallbackServerContext* context, const v1::ListJobsRequest* request,
+                                     v1::ListJobsResponse* response) override;
+  grpc::ServerUnaryReactor* CancelJob(grpc::CallbackServerContext* context, const v1::CancelJobRequest* request,
+                                      v1::CancelJobResponse* response) override;
+  grpc::ServerUnaryReactor* ListMetrics(grpc::CallbackServerContext* context, const v1::ListMetricsRequest* request,
+                                        v1::ListMetricsResponse* response) override;
+  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
+                                          const v1::GetServerInfoRequest* request,
+                                          v1::GetServerInfoResponse* response) override;
+  grpc::ServerWriteReactor<v1::WatchJobResponse>* WatchJob(grpc::CallbackServerContext* context,
+                                                           const v1::WatchJobRequest* request) override;
+  grpc::ServerWriteReactor<v1::StreamLogsResponse>* StreamLogs(grpc::CallbackServerContext* context,
+                                                               const v1::StreamLogsRequest* request) override;
+
+ private:
+  absl::Status GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response);
+  absl::Status ListJobsNow(const v1::ListJobsRequest& request, v1::ListJobsResponse* response);
+  absl::Status ListMetricsNow(const v1::ListMetricsRequest& request, v1::ListMetricsResponse* response);
+
+  const Parts parts_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_TRAINING_SERVICE_H_

@@ -1,0 +1,185 @@
+#include "coordinator/worker_service.h"
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/rpc_errors.h"
+
+namespace simpo {
+namespace {
+
+constexpr char kSecretKey[] = "simpo-attempt-secret";
+// Of one rank, that wait for the controller; beyond that no more is read from it.
+constexpr int kMaxWaitingMessages = 256;
+// To one rank, that wait for the network: more than a rank that reads can have.
+constexpr size_t kMaxWaitingResponses = 4096;
+
+std::string SecretOf(const grpc::CallbackServerContext& context) {
+  const auto found = context.client_metadata().find(kSecretKey);
+  return found == context.client_metadata().end() ? "" : std::string(found->second.data(), found->second.size());
+}
+
+// One rank's stream. It keeps itself alive until gRPC has done with it.
+class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>,
+                         public RankChannel,
+                         public std::enable_shared_from_this<RankStream> {
+ public:
+  RankStream(Controller& controller, const JobViews& views, std::string secret)
+      : controller_(controller), views_(views), secret_(std::move(secret)) {}
+
+  void Begin() {
+    self_ = shared_from_this();
+    const std::lock_guard lock(mutex_);
+    Read();
+  }
+
+  void Send(v1::AttachResponse response) override {
+    const std::lock_guard lock(mutex_);
+    if (end_) return;
+    // A rank that takes nothing is dropped; it hears everything anew when it is back.
+    if (responses_.size() >= kMaxWaitingResponses) end_ = grpc::Status(grpc::StatusCode::UNAVAILABLE, "too slow");
+    if (!end_) responses_.push_back(std::move(response));
+    Write();
+  }
+
+  void Close(const absl::Status& status) override { End(ToGrpcStatus(status)); }
+
+  void OnReadDone(bool ok) override {
+    {
+      const std::lock_guard lock(mutex_);
+      reading_ = false;
+    }
+    if (!ok) return LastRead();
+    if (!id_) return Greet();
+    {
+      const std::lock_guard lock(mutex_);
+      paused_ = ++waiting_messages_ >= kMaxWaitingMessages;
+    }
+    controller_.Receive(*id_, std::exchange(request_, {}), [stream = shared_from_this()] { stream->Taken(); });
+    const std::lock_guard lock(mutex_);
+    if (!paused_ && !reading_) Read();
+  }
+
+  void OnWriteDone(bool ok) override {
+    const std::lock_guard lock(mutex_);
+    writing_ = false;
+    if (!responses_.empty()) responses_.pop_front();
+    if (!ok) responses_.clear();
+    Write();
+  }
+
+  // Reads and writes fail soon by themselves.
+  void OnCancel() override { End(grpc::Status::CANCELLED); }
+
+  void OnDone() override {
+    const std::shared_ptr<RankStream> self = std::move(self_);
+    bool leave = false;
+    {
+      const std::lock_guard lock(mutex_);
+      leave = id_ && !std::exchange(left_, true);
+    }
+    if (leave) controller_.Leave(*id_, self);
+  }
+
+ private:
+  // The first message says who it is.
+  void Greet() {
+    if (!request_.has_hello()) {
+      return End(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"));
+    }
+    const v1::Hello& hello = request_.hello();
+    const JobViews::View view = views_.FindById(hello.job_id());
+    const bool known = view && view->job.attempt() == hello.attempt() && !view->secret.empty();
+    if (!known || !SecretsEqual(view->secret, secret_)) {
+      // The same words for all, so that nobody learns what exists.
+      return Close(absl::UnauthenticatedError(absl::StrCat("job ", hello.job_id(), ", attempt ", hello.attempt(),
+                                                           " does not run here, or the secret is not its own")));
+    }
+    id_ = {hello.job_id(), hello.attempt(), hello.rank()};
+    controller_.Attach(hello, shared_from_this());
+    const std::lock_guard lock(mutex_);
+    Read();
+  }
+
+  void LastRead() {
+    if (!id_) return End(grpc::Status::CANCELLED);
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::exchange(left_, true)) return;
+    }
+    controller_.Leave(*id_, shared_from_this());
+  }
+
+  void Taken() {
+    const std::lock_guard lock(mutex_);
+    --waiting_messages_;
+    if (!paused_ || waiting_messages_ > kMaxWaitingMessages / 2) return;
+    paused_ = false;
+    if (!reading_) Read();
+  }
+
+  // With mutex_ held, so that it never comes after Finish.
+  void Read() {
+    if (finished_) return;
+    reading_ = true;
+    StartRead(&request_);
+  }
+
+  void End(grpc::Status status) {
+    const std::lock_guard lock(mutex_);
+    if (!end_) end_ = std::move(status);
+    Write();
+  }
+
+  // Starts what comes next, with mutex_ held: a response, or the end when all responses are out.
+  void Write() {
+    if (writing_ || finished_) return;
+    if (!responses_.empty()) {
+      writing_ = true;
+      StartWrite(&responses_.front());
+    } else if (end_) {
+      finished_ = true;
+      Finish(*end_);
+    }
+  }
+
+  Controller& controller_;
+  const JobViews& views_;
+  const std::string secret_;
+  v1::AttachRequest request_;  // of the read in flight
+  std::optional<RankId> id_;   // written once, before the controller knows of this stream
+  std::shared_ptr<RankStream> self_;
+
+  std::mutex mutex_;
+  std::deque<v1::AttachResponse> responses_;  // the first is in flight while writing_
+  bool writing_ = false;
+  std::optional<grpc::Status> end_;  // what follows the responses
+  bool finished_ = false;
+  bool left_ = false;  // the controller knows that nothing more comes
+  int waiting_messages_ = 0;
+  bool paused_ = false;  // too many wait
+  bool reading_ = false;
+};
+
+}  // namespace
+
+bool SecretsEqual(std::string_view a, std::string_view b) {
+  if (a.size() != b.size()) return false;
+  unsigned char difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
+  return difference == 0;
+}
+
+grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::Attach(
+    grpc::CallbackServerContext* context) {
+  const auto stream = std::make_shared<RankStream>(controller_, views_, SecretOf(*context));
+  stream->Begin();
+  return stream.get();
+}
+
+}  // namespace simpo

@@ -1,0 +1,31 @@
+#ifndef SIMPO_COORDINATOR_WORKER_SERVICE_H_
+#define SIMPO_COORDINATOR_WORKER_SERVICE_H_
+
+#include <string_view>
+
+#include "coordinator/controller.h"
+#include "coordinator/job_views.h"
+#include "simpo/v1/worker_service.grpc.pb.h"
+
+namespace simpo {
+
+// Whether two secrets are equal, in a time that tells nothing of where they differ.
+bool SecretsEqual(std::string_view a, std::string_view b);
+
+// The ranks' RPC: checks who is there and passes on what is said.
+class WorkerService final : public v1::WorkerService::CallbackService {
+ public:
+  // Both outlive this object.
+  WorkerService(Controller& controller, const JobViews& views) : controller_(controller), views_(views) {}
+
+  grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(
+      grpc::CallbackServerContext* context) override;
+
+ private:
+  Controller& controller_;
+  const JobViews& views_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_WORKER_SERVICE_H_

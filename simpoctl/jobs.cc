@@ -1,0 +1,152 @@
+#include <unistd.h>
+
+#include <algorithm>
+#include <iostream>
+#include <memory>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "simpoctl/commands.h"
+#include "simpoctl/exit_codes.h"
+#include "simpoctl/format.h"
+#include "simpoctl/job_text.h"
+#include "simpoctl/terminal.h"
+
+namespace simpo {
+namespace {
+
+constexpr int kLargestPage = 1000;
+
+struct ListOptions {
+  std::vector<std::string> states;
+  std::string user;
+  int limit = 50;
+  std::string output = "table";
+};
+
+struct JobOptions {
+  std::string job;
+  bool yes = false;
+  std::string output = "table";
+};
+
+absl::StatusOr<std::vector<v1::Job>> FetchJobs(Client& client, const ListOptions& options) {
+  v1::ListJobsRequest request;
+  request.set_user(options.user);
+  for (const std::string& name : options.states) {
+    const v1::JobState state = ParseState(name);
+    if (state == v1::JOB_STATE_UNSPECIFIED) {
+      return absl::InvalidArgumentError(absl::StrCat("--state: '", OneLine(name),
+                                                     "' is no state; they are QUEUED, LAUNCHING, RUNNING, RESTARTING, "
+                                                     "CANCELLING, SUCCEEDED, FAILED and CANCELLED"));
+    }
+    request.add_states(state);
+  }
+  std::vector<v1::Job> jobs;
+  while (static_cast<int>(jobs.size()) < options.limit) {
+    request.set_page_size(std::min(kLargestPage, options.limit - static_cast<int>(jobs.size())));
+    SIMPO_ASSIGN_OR_RETURN(v1::ListJobsResponse response, client.ListJobs(request));
+    for (v1::Job& job : *response.mutable_jobs()) jobs.push_back(std::move(job));
+    if (response.next_page_token().empty()) break;
+    request.set_page_token(response.next_page_token());
+  }
+  return jobs;
+}
+
+absl::StatusOr<int> List(Client& client, const ListOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<v1::Job> jobs, FetchJobs(client, options));
+  if (options.output == "table") {
+    if (jobs.empty()) PrintErr("No jobs.\n");
+    if (!jobs.empty()) PrintOut(JobTable(jobs, Now()));
+  } else if (options.output == "name") {
+    for (const v1::Job& job : jobs) PrintOut(job.id() + "\n");
+  } else {
+    nlohmann::ordered_json json = nlohmann::ordered_json::array();
+    for (const v1::Job& job : jobs) json.push_back(JobToJson(job));
+    PrintOut(json.dump(2) + "\n");
+  }
+  return kExitOk;
+}
+
+absl::StatusOr<int> Get(Client& client, const JobOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const v1::GetJobResponse response, client.GetJob(options.job));
+  const v1::Job& job = response.job();
+  if (options.output == "table") PrintOut(JobTable({job}, Now()));
+  if (options.output == "name") PrintOut(job.id() + "\n");
+  if (options.output == "json") PrintOut(DescriptionToJson(response).dump(2) + "\n");
+  if (options.output == "yaml") PrintOut(ToYaml(DescriptionToJson(response)));
+  return kExitOk;
+}
+
+absl::StatusOr<int> Describe(Client& client, const JobOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const v1::GetJobResponse response, client.GetJob(options.job));
+  const absl::StatusOr<v1::GetServerInfoResponse> info = client.ServerInfo();
+  PrintOut(DescribeText(response, client.command(), info.ok() ? info->http_address() : ""));
+  return kExitOk;
+}
+
+bool Confirmed(const v1::Job& job) {
+  PrintErr(absl::StrCat("End job ", job.id(), " (", OneLine(job.name()), ", ", StateName(job.state()), ", step ",
+                        job.progress().step(), " of ", job.progress().steps_planned(), ")? [y/N] "));
+  std::string answer;
+  std::getline(std::cin, answer);
+  return answer == "y" || answer == "Y" || answer == "yes";
+}
+
+absl::StatusOr<int> Cancel(Client& client, const JobOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const v1::GetJobResponse found, client.GetJob(options.job));
+  const v1::Job& job = found.job();
+  if (!options.yes && !IsFinal(job.state()) && isatty(STDIN_FILENO) == 1 && !Confirmed(job)) {
+    return absl::CancelledError("nothing was done; the job goes on");
+  }
+  v1::CancelJobRequest request;
+  request.set_job_id(job.id());
+  SIMPO_ASSIGN_OR_RETURN(const v1::CancelJobResponse response, client.Cancel(request));
+  const v1::JobState state = response.job().state();
+  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") ", StateName(state), "\n"));
+  if (!IsFinal(state)) PrintErr(absl::StrCat("See it end with: ", client.command(), " wait ", job.id(), "\n"));
+  return kExitOk;
+}
+
+CLI::App* AddJobCommand(CLI::App& app, const char* name, const char* help, JobOptions* options) {
+  CLI::App* command = app.add_subcommand(name, help);
+  command->add_option("job", options->job, "A job's id, a beginning of it, or its name")->required()->type_name("JOB");
+  return command;
+}
+
+}  // namespace
+
+void AddList(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<ListOptions>();
+  CLI::App* command = app.add_subcommand("list", "List jobs, newest first");
+  command->add_option("--state", options->states, "Only jobs in this state; repeatable")->allow_extra_args(false);
+  command->add_option("--user", options->user, "Only jobs of this user");
+  command->add_option("--limit", options->limit, "Most jobs to list (default 50)")->check(CLI::Range(1, 1000000));
+  command->add_option("-o,--output", options->output, "table, json or name (ids alone)")
+      ->check(CLI::IsMember({"table", "json", "name"}));
+  command->callback([&line, options] { line.run = [options](Client& client) { return List(client, *options); }; });
+}
+
+void AddGet(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<JobOptions>();
+  CLI::App* command = AddJobCommand(app, "get", "Show one job", options.get());
+  command->add_option("-o,--output", options->output, "table, json, yaml or name (the id alone)")
+      ->check(CLI::IsMember({"table", "json", "yaml", "name"}));
+  command->callback([&line, options] { line.run = [options](Client& client) { return Get(client, *options); }; });
+}
+
+void AddDescribe(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<JobOptions>();
+  CLI::App* command = AddJobCommand(
+      app, "describe", "Show all about a job: why it is in its state, attempts, events, places, advice", options.get());
+  command->callback([&line, options] { line.run = [options](Client& client) { return Describe(client, *options); }; });
+}
+
+void AddCancel(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<JobOptions>();
+  CLI::App* command = AddJobCommand(app, "cancel", "End a job", options.get());
+  command->add_flag("--yes", options->yes, "Do not ask");
+  command->callback([&line, options] { line.run = [options](Client& client) { return Cancel(client, *options); }; });
+}
+
+}  // namespace simpo

@@ -1,0 +1,87 @@
+// simpoctl: the command line of the SimPO training service. Data goes to standard output, everything
+// else to standard error.
+#include <exception>
+
+#include "absl/strings/str_cat.h"
+#include "simpoctl/commands.h"
+#include "simpoctl/exit_codes.h"
+#include "simpoctl/terminal.h"
+
+namespace simpo {
+namespace {
+
+// How the same coordinator is reached in the commands that we advise.
+std::string OwnCommand(const CommandLine& line) {
+  return line.address.empty() ? "simpoctl" : absl::StrCat("simpoctl --address ", line.address);
+}
+
+absl::StatusOr<int> RunCommand(const CommandLine& line) {
+  if (line.run_offline) return line.run_offline();
+  const absl::StatusOr<std::string> address = CoordinatorAddress(line.address);
+  if (!address.ok()) return address.status();
+  Client client(*address, OwnCommand(line));
+  return line.run(client);
+}
+
+int Report(const absl::Status& status) {
+  const std::string message(status.message());
+  // Several lines are the places of a job file, which editors jump to as they are.
+  PrintErr(absl::StrCat(message.find('\n') == std::string::npos ? "simpoctl: " : "", message, "\n"));
+  return ExitCodeOf(status);
+}
+
+void Declare(CLI::App& app, CommandLine& line) {
+  app.require_subcommand(0, 1);  // none is told below, in better words
+  app.fallthrough();             // --address may stand after the command too
+  app.add_option("--address", line.address,
+                 absl::StrCat("The coordinator, HOST:PORT (default: SIMPO_ADDRESS, else ", kDefaultAddress, ")"));
+  app.set_version_flag("--version", "simpoctl " SIMPO_VERSION);
+  AddSubmit(app, line);
+  AddList(app, line);
+  AddGet(app, line);
+  AddDescribe(app, line);
+  AddWatch(app, line);
+  AddLogs(app, line);
+  AddMetrics(app, line);
+  AddCancel(app, line);
+  AddWait(app, line);
+  AddVersion(app, line);
+  AddCompletion(app, line);
+  AddHelp(app, line);
+  app.footer("Ctrl-C never ends a job. More: simpoctl help job-file, simpoctl help exit-codes.");
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Trains models with SimPO: submits job files to a simpo-coordinator and follows them.", "simpoctl");
+  CommandLine line;
+  Declare(app, line);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    PrintErr(absl::StrCat("simpoctl: ", error.what(), "\nSee: simpoctl --help, or simpoctl help COMMAND\n"));
+    return kExitUsage;
+  }
+  if (!line.run && !line.run_offline) {
+    PrintErr("simpoctl: a command is required, for example: simpoctl submit job.yaml --follow\nSee: simpoctl --help\n");
+    return kExitUsage;
+  }
+  const absl::StatusOr<int> code = RunCommand(line);
+  const absl::Status flushed = FlushOut();
+  if (!code.ok()) return Report(code.status());
+  if (!flushed.ok()) return Report(flushed);
+  return *code;
+}
+
+}  // namespace
+}  // namespace simpo
+
+int main(int argc, char** argv) {
+  try {
+    return simpo::Main(argc, argv);
+  } catch (const std::exception& error) {
+    simpo::PrintErr(absl::StrCat("simpoctl: ", error.what(), "\n"));
+    return simpo::kExitError;
+  }
+}

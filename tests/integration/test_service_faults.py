@@ -1,0 +1,181 @@
+"""kill -9 of everything that can die: no job is lost, none is started twice, no step is missing."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import programs
+import tiny_model
+from test_service_jobs import assert_nothing_runs, make_slow
+from test_worker_resume import final_weights
+from test_worker_training import values_of
+
+STEPS = 30
+
+
+def fault_job(workspace, name, **changes):
+    """A run of STEPS steps on two ranks that takes some seconds."""
+    values = dict(max_steps=STEPS, global_batch_size=24, learning_rate=1e-3, save_strategy="steps", save_steps=4)
+    values.update(changes)
+    return workspace.job(name, **values)
+
+
+def assert_undisturbed(coordinator, workspace, job_id, name):
+    """The same metrics, in the file and in the service, and the same weights as of a run that nothing disturbed."""
+    reference = workspace.job("reference", max_steps=STEPS, global_batch_size=24, learning_rate=1e-3)
+    workspace.run_worker(reference, 2).expect(0)
+    expected = [values_of(line) for line in workspace.metrics("reference")]
+    assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
+    assert [values_of(line) for line in workspace.metrics(name)] == expected
+    points = [values_of(point) for point in coordinator.metrics(job_id)]
+    assert [{key: value for key, value in point.items() if key != "attempt"} for point in points] == expected
+    ours, theirs = final_weights(workspace, name), final_weights(workspace, "reference")
+    assert all((ours[tensor] == values).all() for tensor, values in theirs.items()) and set(ours) == set(theirs)
+
+
+def victim_pid(coordinator, victim):
+    data_dir = coordinator.data_dir
+    if victim == "supervisor":
+        return programs.supervisor_pids(data_dir)[0]
+    if victim == "mpirun":
+        return next(pid for pid in programs.attempt_pids(data_dir) if "mpirun" in programs.command_of(pid)[0])
+    return programs.rank_pids(data_dir)[int(victim[-1])]
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "mpirun", "supervisor"])
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(workspace, coordinators, victim):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 10)
+    os.kill(victim_pid(coordinator, victim), signal.SIGKILL)
+    job = coordinator.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
+    first, second = job["attempts"]
+    assert first["reason"] and first["exit_code"] != 0
+    assert second["exit_code"] == 0 and second["first_step"] >= 8, "it did not go on from the last checkpoint"
+    assert_undisturbed(coordinator, workspace, job_id, "job")
+    assert {point["attempt"] for point in coordinator.metrics(job_id)} == {1, 2}
+    # Both attempts' logs are kept.
+    for attempt in ("1", "2"):
+        assert "{" in coordinator.ctl("logs", job_id, "--attempt", attempt).expect(0).stdout
+    values = coordinator.exposition(job_id)
+    assert sum(value for (name, _), value in values.items() if name == "simpo_job_restarts_total") == 1
+    assert_nothing_runs(coordinator)
+
+
+def test_rolling_recovery_checkpoints_are_enough(workspace, coordinators):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None, recovery_minutes=0.01))
+    coordinator.wait_for(job_id, "a recovery checkpoint", lambda job: job["progress"]["checkpoint_step"] >= 3)
+    os.kill(programs.rank_pids(coordinator.data_dir)[1], signal.SIGKILL)
+    job = coordinator.wait_state(job_id, "SUCCEEDED")
+    assert job["restarts"] == 1 and job["attempts"][1]["first_step"] >= 3, coordinator.story(job_id)
+    assert_undisturbed(coordinator, workspace, job_id, "job")
+
+
+def test_restarts_are_limited(workspace, coordinators):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", max_steps=1000, max_restarts=1))
+    for attempt in (1, 2):
+        coordinator.wait_for(job_id, f"attempt {attempt} to train",
+                             lambda job: job["state"] == "RUNNING" and job["attempt"] == attempt
+                             and len(programs.rank_pids(coordinator.data_dir)) == 2)
+        os.kill(programs.rank_pids(coordinator.data_dir)[0], signal.SIGKILL)
+    job = coordinator.wait_state(job_id, "FAILED")
+    assert job["attempt"] == 2 and "restart" in job["reason"], job["reason"]
+    assert coordinator.ctl("wait", job_id).code == 100
+    assert_nothing_runs(coordinator)
+
+
+def steps_written(workspace, name):
+    lines = workspace.metrics(name)
+    return lines[-1]["step"] if lines else 0
+
+
+@pytest.mark.parametrize("end", ["kill", "SIGTERM", "SIGINT"])
+def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, end):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 3)
+    ranks = programs.rank_pids(coordinator.data_dir)
+    if end == "kill":
+        coordinator.kill()
+    else:
+        assert coordinator.stop(getattr(signal, end)) == 0, coordinator.log.read_text()
+    at_death = steps_written(workspace, "job")
+    # The run does not notice: it goes on by several steps while nobody listens.
+    programs.wait_for("steps without a coordinator", lambda: steps_written(workspace, "job") >= min(at_death + 5, STEPS))
+    successor = coordinators.start()
+    assert successor.grpc != coordinator.grpc
+    if at_death + 5 < STEPS - 5:
+        successor.wait_for(job_id, "reports from the adopted gang", lambda job: job["progress"]["step"] > at_death + 5)
+        still = programs.rank_pids(successor.data_dir)
+        assert set(still.values()) <= set(ranks.values()), "ranks were started again"
+    job = successor.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"], len(job["attempts"])) == (1, 0, 1), successor.story(job_id)
+    assert_undisturbed(successor, workspace, job_id, "job")
+    assert {point["attempt"] for point in successor.metrics(job_id)} == {1}
+    assert_nothing_runs(successor)
+
+
+def test_a_run_that_ended_in_the_outage_is_found_with_every_step(workspace, coordinators):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None))
+    coordinator.wait_step(job_id, 5)
+    coordinator.kill()
+    programs.wait_for("the end of the run", lambda: (workspace.output("job") / "final" / "config.json").exists())
+    successor = coordinators.start()
+    job = successor.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"]) == (1, 0), successor.story(job_id)
+    assert [point["step"] for point in successor.metrics(job_id)] == list(range(1, STEPS + 1))
+    assert_nothing_runs(successor)
+
+
+def test_queued_jobs_survive_a_crash_of_the_coordinator(workspace, coordinators):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    running = coordinator.submit(fault_job(workspace, "running"))
+    coordinator.wait_step(running, 1)
+    queued = [coordinator.submit(fault_job(workspace, f"queued-{i}", max_steps=2)) for i in range(3)]
+    coordinator.kill()
+    successor = coordinators.start()
+    listed = json.loads(successor.ctl("list", "-o", "json").expect(0).stdout)
+    assert [job["id"] for job in listed] == [*reversed(queued), running]
+    for job_id in (running, *queued):
+        job = successor.wait_state(job_id, "SUCCEEDED")
+        assert (job["attempt"], job["restarts"]) == (1, 0), successor.story(job_id)
+    for i in range(3):
+        assert steps_written(workspace, f"queued-{i}") == 2
+
+
+def test_a_crash_right_after_the_answer_to_submit_starts_the_job_once(workspace, coordinators):
+    workspace.make(rows=16)
+    for i in range(4):
+        coordinator = coordinators.start()
+        job_id = coordinator.submit(workspace.job(f"job-{i}", max_steps=2))
+        coordinator.kill()
+        successor = coordinators.start()
+        job = successor.wait_state(job_id, "SUCCEEDED")
+        assert (job["attempt"], job["restarts"]) == (1, 0), successor.story(job_id)
+        assert steps_written(workspace, f"job-{i}") == 2
+        assert tiny_model.read_model(workspace.output(f"job-{i}") / "final")
+        successor.kill()
+
+
+def test_a_cancel_in_the_outage_of_a_crash_is_not_needed_twice(workspace, coordinators):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", max_steps=2000))
+    coordinator.wait_step(job_id, 2)
+    coordinator.ctl("cancel", job_id, "--yes").expect(0)
+    coordinator.kill()
+    successor = coordinators.start()
+    assert successor.ctl("wait", job_id).code == 103, successor.story(job_id)
+    assert_nothing_runs(successor)

@@ -1,0 +1,271 @@
+"""SimPO written down once more, in plain PyTorch on transformers models: what the trainer must equal.
+
+The formulas are those of docs/simpo.md; nothing here is shared with the trainer. Everything runs in
+the dtype of the model, so that a model loaded by `load_model(..., torch.float64)` gives true fp64
+numbers: transformers computes norms, softmax and rotary angles in fp32 whatever the model's dtype
+is, so for fp64 these three are replaced by versions without a cast.
+
+Batches are lists of pairs {"chosen": ids, "rejected": ids, "chosen_prompt_length": n, ...}. They are
+padded, run as chosen rows then rejected rows, and reduced over the whole global batch.
+"""
+import contextlib
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
+from transformers.models.llama import modeling_llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    loss_type: str = "sigmoid"
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    steps: int = 20
+    micro_batch: int = 4
+    accumulation: int = 2
+    learning_rate: float = 5e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    @property
+    def global_batch(self):
+        return self.micro_batch * self.accumulation
+
+
+# ------------------------------------------------------------------------------------- fp64 models
+def _plain_norm(self, x):
+    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def _plain_rotary(self, x, position_ids):
+    # The frequencies keep their fp32 values; angles and their functions do not.
+    angles = position_ids[:, :, None].to(x.dtype) * self.inv_freq[None, None, :].to(x.dtype)
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+
+
+def _plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    key = modeling_llama.repeat_kv(key, module.num_key_value_groups)
+    value = modeling_llama.repeat_kv(value, module.num_key_value_groups)
+    scores = query @ key.transpose(2, 3) * scaling
+    length = query.shape[2]
+    scores = scores + torch.full((length, length), -math.inf, dtype=scores.dtype).triu(1)
+    probabilities = scores.softmax(-1)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register("plain", _plain_attention)
+
+
+@contextlib.contextmanager
+def without_casts(dtype):
+    """Norms and rotary angles in the model's own dtype; nothing changes for fp32."""
+    if dtype == torch.float32:
+        yield
+        return
+    norm, rotary = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward
+    modeling_llama.LlamaRMSNorm.forward = _plain_norm
+    modeling_llama.LlamaRotaryEmbedding.forward = _plain_rotary
+    try:
+        yield
+    finally:
+        modeling_llama.LlamaRMSNorm.forward = norm
+        modeling_llama.LlamaRotaryEmbedding.forward = rotary
+
+
+def load_model(path, dtype):
+    # Right padding comes after every real token, so the causal mask alone hides it and "plain"
+    # needs no other.
+    attention = "eager" if dtype == torch.float32 else "plain"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    return model.to(dtype).train()
+
+
+# ------------------------------------------------------------------------------------------- loss
+def collate(pairs):
+    rows = [(p["chosen"], p["chosen_prompt_length"]) for p in pairs]
+    rows += [(p["rejected"], p["rejected_prompt_length"]) for p in pairs]
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (tokens, prompt) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        real[i, : len(tokens)] = 1
+        scored[i, prompt : len(tokens)] = True
+    return ids, real, scored
+
+
+def score(model, pairs, mutant=""):
+    """Per row, chosen rows first: sum of log-probabilities, scored tokens, sum of mean logits."""
+    ids, real, scored = collate(pairs)
+    logits = model(ids, attention_mask=real, use_cache=False).logits
+    if mutant == "shifted_label":
+        predicted, mask = logits[:, 1:], scored[:, 1:]  # scores a token with the logits that follow it
+    else:
+        predicted, mask = logits[:, :-1], scored[:, 1:]
+    logps = predicted.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (logps * mask).sum(-1), mask.sum(-1), (predicted.detach().mean(-1) * mask).sum(-1)
+
+
+def pair_losses(chosen, rejected, loss):
+    z = loss.beta * (chosen - rejected - loss.gamma_beta_ratio)
+    if loss.loss_type == "hinge":
+        return torch.relu(1 - z)
+    return -(1 - loss.label_smoothing) * F.logsigmoid(z) - loss.label_smoothing * F.logsigmoid(-z)
+
+
+def chosen_tokens(pairs):
+    return sum(len(p["chosen"]) - p["chosen_prompt_length"] for p in pairs)
+
+
+class Sums:
+    """What adds up over micro-batches, and the metrics of the whole."""
+
+    def __init__(self):
+        self.pairs = 0
+        self.sums = {}
+        self.smallest_margin = math.inf
+
+    def add(self, losses, sums, counts, mean_logits):
+        n = len(losses)
+        s = (sums / counts).detach()
+        margins = s[:n] - s[n:]
+        self.pairs += n
+        self.smallest_margin = min(self.smallest_margin, margins.abs().min().item())
+        parts = {"loss": losses.detach(), "chosen": s[:n], "rejected": s[n:], "accuracy": (margins > 0).to(s.dtype),
+                 "nll": -sums[:n].detach(), "tokens_chosen": counts[:n], "tokens_rejected": counts[n:],
+                 "logits_chosen": mean_logits[:n], "logits_rejected": mean_logits[n:]}
+        for name, values in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + values.sum().item()
+
+    def metrics(self, loss):
+        mean = {k: v / self.pairs for k, v in self.sums.items()}
+        sft = self.sums["nll"] / self.sums["tokens_chosen"]
+        return {
+            "loss": mean["loss"] + loss.sft_weight * sft,
+            "rewards/chosen": loss.beta * mean["chosen"],
+            "rewards/rejected": loss.beta * mean["rejected"],
+            "rewards/accuracies": mean["accuracy"],
+            "rewards/margins": loss.beta * (mean["chosen"] - mean["rejected"]),
+            "logps/chosen": mean["chosen"],
+            "logps/rejected": mean["rejected"],
+            "logits/chosen": self.sums["logits_chosen"] / self.sums["tokens_chosen"],
+            "logits/rejected": self.sums["logits_rejected"] / self.sums["tokens_rejected"],
+            "sft_loss": sft,
+            "nll_loss": sft,
+            "lengths/chosen": mean["tokens_chosen"],
+            "lengths/rejected": mean["tokens_rejected"],
+        }
+
+
+def forward_backward(model, pairs, loss, global_pairs, global_chosen_tokens, sums, mutant="", backward=True):
+    """Adds one micro-batch's gradients and sums."""
+    n = len(pairs)
+    logps, counts, mean_logits = score(model, pairs, mutant)
+    s = logps if mutant == "no_length_mean" else logps / counts
+    losses = pair_losses(s[:n], s[n:], loss)
+    if backward:
+        total = losses.sum() / global_pairs - loss.sft_weight * logps[:n].sum() / global_chosen_tokens
+        total.backward()
+    sums.add(losses, logps, counts, mean_logits)
+
+
+def evaluate(model, pairs, loss):
+    sums = Sums()
+    with torch.no_grad():
+        forward_backward(model, pairs, loss, 1, 1, sums, backward=False)
+    return sums.metrics(loss)
+
+
+# --------------------------------------------------------------------------------------- training
+def decays(name, tensor):
+    return tensor.ndim > 1  # not biases and norms
+
+
+class PlainAdamW:
+    """AdamW as its paper has it, one line per equation, with the mistakes that the tests must find."""
+
+    def __init__(self, model, weight_decay, mutant):
+        self.parameters = dict(model.named_parameters())
+        self.weight_decay, self.mutant = weight_decay, mutant
+        self.m = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        self.v = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self, rate):
+        self.t += 1
+        t = self.t + 1 if self.mutant == "bias_correction" else self.t
+        for name, p in self.parameters.items():
+            m, v = self.m[name], self.v[name]
+            if decays(name, p) or self.mutant == "decay_on_norms":
+                p.mul_(1 - rate * self.weight_decay)
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+            p.sub_(rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+
+
+class TorchAdamW:
+    """torch's own AdamW with transformers' own scheduler."""
+
+    def __init__(self, model, training):
+        named = list(model.named_parameters())
+        groups = [{"params": [p for n, p in named if decays(n, p)], "weight_decay": training.weight_decay},
+                  {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+        self.scheduler = get_scheduler(training.lr_scheduler_type, self.optimizer, num_training_steps=training.steps,
+                                       num_warmup_steps=math.ceil(training.warmup_ratio * training.steps))
+
+    def rate(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def step(self):
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+def batches_of(pairs, training):
+    """The global batches of each step, in the order of the rows, the last of an epoch partial."""
+    size = training.global_batch
+    epoch = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [epoch[step % len(epoch)] for step in range(training.steps)]
+
+
+def train(model, pairs, loss, training, mutant=""):
+    """Metrics of every step. With a mutant, one thing is wrong on purpose."""
+    correct = TorchAdamW(model, training)
+    rates = []
+    for _ in range(training.steps + 1):
+        rates.append(correct.rate())
+        correct.optimizer.step()  # without gradients: only so that the scheduler does not warn
+        correct.scheduler.step()
+    optimizer = PlainAdamW(model, training.weight_decay, mutant) if mutant else TorchAdamW(model, training)
+    log = []
+    for step, batch in enumerate(batches_of(pairs, training)):
+        model.zero_grad()
+        sums = Sums()
+        micro_batch = math.ceil(len(batch) / training.accumulation)
+        for begin in range(0, len(batch), micro_batch):
+            forward_backward(model, batch[begin : begin + micro_batch], loss, len(batch), chosen_tokens(batch), sums, mutant)
+        limit = math.inf if mutant == "no_clipping" else training.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        rate = rates[step + 1] if mutant == "schedule_one_ahead" else rates[step]
+        if mutant:
+            optimizer.step(rate)
+        else:
+            assert optimizer.rate() == rate
+            optimizer.step()
+        log.append({**sums.metrics(loss), "grad_norm": norm, "learning_rate": rate, "smallest_margin": sums.smallest_margin})
+    return log
