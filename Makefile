@@ -33,7 +33,7 @@ parity: build
 	@tests/parity/run_parity.sh
 
 mutants: build
-	@tests/parity/mutants.sh
+	@tests/parity/mutants.py
 
 sanitize: deps
 	@cmake --preset tsan --log-level=WARNING && cmake --build --preset tsan -j $(JOBS)

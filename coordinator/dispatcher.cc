@@ -306,7 +306,9 @@ void Dispatcher::BeginAttempt(JobRecord& record, Moment now) {
 }
 
 void Dispatcher::Launch(JobRecord& record, Moment now) {
-  if (!record.gang || record.job.state() != v1::JOB_STATE_LAUNCHING) return;
+  if (!record.gang) return;
+  record.gang->launched = true;
+  if (record.job.state() != v1::JOB_STATE_LAUNCHING) return;  // cancelled meanwhile; the next look finds no gang
   const v1::Job& job = record.job;
   // An earlier attempt whose ranks had begun has claimed the folder; what lies there is this job's.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();

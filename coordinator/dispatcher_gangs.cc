@@ -80,6 +80,7 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
   if (job.state() == v1::JOB_STATE_LAUNCHING) {
     launches_.push_back(&record);  // starts it, or finds that it was started
   } else {
+    gang.launched = true;
     // Its ranks had reported; they have as long to be back as they may be silent.
     for (Rank& rank : gang.ranks) rank.health = {.attached = true, .last_heard = now.steady};
   }
@@ -293,7 +294,7 @@ void Dispatcher::Terminate(JobRecord& record, Moment now) {
 void Dispatcher::Tick(Moment now) {
   std::vector<JobRecord*> with_gang;
   for (const auto& [sequence, record] : live_) {
-    if (record->gang) with_gang.push_back(record);
+    if (record->gang && record->gang->launched) with_gang.push_back(record);
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
   placement_due_ = true;

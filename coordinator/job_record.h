@@ -43,6 +43,7 @@ struct Rank {
 
 // The processes of the current attempt. Only in memory: a new coordinator builds it again.
 struct Gang {
+  bool launched = false;                 // the launcher knows of it; before that there is nothing to look after
   std::string secret;
   std::vector<Rank> ranks;
   GangStatus::Phase phase = GangStatus::Phase::kStarting;

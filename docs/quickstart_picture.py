@@ -12,7 +12,9 @@ import pathlib
 import re
 import sys
 
-COLUMN, LINE, MARGIN, BAR = 8.43, 19, 18, 34  # pixels
+COLUMN, LINE, MARGIN, BAR = 8.43, 16.5, 18, 34  # pixels
+DOTS = ("#ff5f56", "#ffbd2e", "#27c93f")
+FONT = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 COLORS = {31: "#ff7b72", 32: "#7ee787", 33: "#e3b341", 34: "#79c0ff", 35: "#d2a8ff", 36: "#76e3ea", 90: "#8b949e"}
 CODES = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|\r|\n|[^\x1b\r\n]")
 
@@ -85,12 +87,13 @@ def svg(lines, title):
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" role="img"><title>{html.escape(title)}</title>',
         '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>',
-        *(f'<circle cx="{MARGIN + 18 * i}" cy="17" r="6" fill="{c}"/>' for i, c in enumerate(("#ff5f56", "#ffbd2e", "#27c93f"))),
-        '<g font-family="DejaVu Sans Mono, Menlo, Consolas, monospace" font-size="14" fill="#e6edf3" xml:space="preserve">',
+        *(f'<circle cx="{MARGIN + 18 * i}" cy="17" r="6" fill="{color}"/>' for i, color in enumerate(DOTS)),
+        f'<g font-family="{FONT}" font-size="14" fill="#e6edf3" xml:space="preserve">',
     ]
     for row, line in enumerate(lines):
         for column, text, (color, bold, dim) in runs(line):
-            look = (f' fill="{color}"' if color else "") + (' font-weight="bold"' if bold else "") + (' opacity="0.6"' if dim else "")
+            look = f' fill="{color}"' if color else ""
+            look += (' font-weight="bold"' if bold else "") + (' opacity="0.6"' if dim else "")
             parts.append(f'<text x="{MARGIN + COLUMN * column:.1f}" y="{BAR + LINE * row + 14}" '
                          f'textLength="{COLUMN * len(text):.1f}"{look}>{html.escape(text)}</text>')
     return "\n".join(parts) + "\n</g>\n</svg>\n"
@@ -101,7 +104,8 @@ def main():
         sys.exit(__doc__)
     log, picture = map(pathlib.Path, sys.argv[1:])
     screen = Screen()
-    text = log.read_text(errors="replace").replace("\r\n", "\n")
+    # Bytes, since read_text would turn each \r into a new line.
+    text = log.read_bytes().decode(errors="replace").replace("\r\n", "\n")
     screen.feed(re.sub(r"^Script (started|done).*\n", "", text, flags=re.MULTILINE))
     lines = screen.lines
     while lines and not any(character.strip() for character, _ in lines[-1]):

@@ -13,11 +13,11 @@ struct ExitCodeRow {
 constexpr ExitCodeRow kRows[] = {
     {kExitOk, "done; for wait, watch and submit --wait/--follow: the job succeeded"},
     {kExitError, "error; the message says which and what to do"},
-    {kExitUsage, "bad usage, or a job file that cannot run"},
+    {kExitUsage, "bad usage, or a job file that cannot run, or a rank or attempt that a job does not have"},
     {kExitNotAllowed, "not allowed"},
     {kExitJobFailed, "the job failed"},
     {kExitNotFinished, "the job has not finished: wait --timeout ran out, or Ctrl-C detached"},
-    {kExitNotFound, "there is no such job, attempt or rank"},
+    {kExitNotFound, "there is no such job"},
     {kExitJobCancelled, "the job was cancelled"},
 };
 

@@ -22,10 +22,7 @@ class Follower {
       : client_(client),
         options_(options),
         display_([] { return LookOf(STDERR_FILENO); }, PrintErr),
-        reconnect_(client, interrupt_, [this](std::string_view text) {
-          display_.Release();
-          PrintErr(text);
-        }) {
+        reconnect_(client, interrupt_, [this](std::string_view text) { display_.Say(text); }) {
     if (options.timeout) give_up_at_ = SystemClock::now() + *options.timeout;
   }
 

@@ -53,6 +53,8 @@ void Emit(const nlohmann::ordered_json& json, YAML::Emitter& out) {
     } else {
       out << YAML::Literal << text;
     }
+  } else if (json.is_null()) {
+    out << YAML::Null;
   } else {
     out << json.dump();
   }

@@ -232,7 +232,9 @@ std::string EndSummary(const v1::Job& job, const std::string& command, const Ter
   if (!progress.eval_metrics().empty()) {
     absl::StrAppend(&text, "  evaluation  ", MetricSummary(progress.eval_metrics(), "eval_"), "\n");
   }
-  if (job.state() == v1::JOB_STATE_SUCCEEDED) absl::StrAppend(&text, "  model       ", job.output_dir(), "/final\n");
+  if (job.state() == v1::JOB_STATE_SUCCEEDED) {
+    absl::StrAppend(&text, "  model       ", OneLine(job.output_dir()), "/final\n");
+  }
   if (job.state() == v1::JOB_STATE_FAILED) {
     absl::StrAppend(&text, "  look at     ", command, " describe ", job.id(), "\n");
   }

@@ -167,8 +167,9 @@ std::string EventLine(const v1::JobEvent& event) {
   const std::string time = ShortTime(event.time());
   // The day is said by describe; here the time of day is enough.
   const size_t space = time.find(' ');
+  const bool says_more = !event.message().empty() && event.message() != event.type();
   return absl::StrCat(space == std::string::npos ? time : time.substr(space + 1), "  ", OneLine(event.type()),
-                      event.message().empty() ? "" : ": ", OneLine(event.message()));
+                      says_more ? ": " + OneLine(event.message()) : "");
 }
 
 void JobDisplay::Update(const v1::WatchJobResponse& response) {
@@ -223,11 +224,15 @@ void JobDisplay::Draw(const std::string& above) {
   write_(text);
 }
 
-void JobDisplay::Release() {
+void JobDisplay::Say(std::string_view text) {
+  const TerminalLook look = look_();
+  if (first_ || !look.is_terminal) return write_(text);
+  Draw(std::exchange(pending_events_, "") + std::string(text));
+}
+
+void JobDisplay::Finish() {
   if (stale_) Draw(std::exchange(pending_events_, ""));
   drawn_lines_ = 0;
 }
-
-void JobDisplay::Finish() { Release(); }
 
 }  // namespace simpo

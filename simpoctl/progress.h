@@ -45,8 +45,8 @@ class JobDisplay {
       : look_(std::move(look)), write_(std::move(write)) {}
 
   void Update(const v1::WatchJobResponse& response);
-  // Something else is about to be written: the block stays where it is, and the next one starts below.
-  void Release();
+  // A line of somebody else's, among the events.
+  void Say(std::string_view text);
   // Brings the last state to the screen.
   void Finish();
 

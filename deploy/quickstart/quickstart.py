@@ -5,6 +5,7 @@ also on Ctrl-C. Standard library only.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ JOB_FILE = ROOT / "configs/quickstart.yaml"
 DATA_DIR = RUN / "coordinator"
 # Processors with matrix units for bfloat16; on others float32 is as quick and closer to the truth.
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+FINAL_STATES = {"SUCCEEDED", "FAILED", "CANCELLED"}
 READY = re.compile(r"ready: grpc (\S+?), http (\S+?),")
 
 
@@ -50,6 +52,22 @@ def run(command, **options):
             process.wait()
 
 
+def on_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def lock():
+    """Held until the program ends: two at once would make the same model twice."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    file = open(RUN / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failed(f"another quickstart is running in {ROOT}; wait for it, or end it with Ctrl-C") from None
+    return file
+
+
 def check_programs():
     missing = [name for name in ("simpo-coordinator", "simpo-worker", "simpoctl") if not os.access(BIN / name, os.X_OK)]
     if missing:
@@ -58,11 +76,11 @@ def check_programs():
 
 def make_inputs():
     try:
-        if run([sys.executable, HERE / "make_model.py", RUN / "model"]) != 0:
+        if run([sys.executable, HERE / "make_model.py", relative(RUN / "model")]) != 0:
             raise Failed("there is no model to train")
     finally:
         shutil.rmtree(RUN / "model.partial", ignore_errors=True)
-    if run([sys.executable, HERE / "make_preferences.py", RUN / "data"]) != 0:
+    if run([sys.executable, HERE / "make_preferences.py", relative(RUN / "data")]) != 0:
         raise Failed("there is no data to train on")
 
 
@@ -86,19 +104,24 @@ class Coordinator:
     def __init__(self):
         DATA_DIR.mkdir(parents=True, exist_ok=True)
         self.log = RUN / "coordinator.log"
+        self.is_ready = False
         slots = max(2, len(os.sched_getaffinity(0)))
-        with open(self.log, "wb") as log:
+        with open(self.log, "ab") as log:
+            self.log_begin = log.tell()
             self.process = subprocess.Popen(
                 [BIN / "simpo-coordinator", "--data-dir", DATA_DIR, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0",
                  "--slots", str(slots)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
+    def said(self):
+        return self.log.read_bytes()[self.log_begin:].decode(errors="replace")
+
     def wait_ready(self):
-        ready = lambda: READY.search(self.log.read_text(errors="replace")) or self.process.poll() is not None
-        if not wait_until(ready, 60) or self.process.poll() is not None:
-            last = "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
-            raise Failed(f"the coordinator did not start; {relative(self.log)} ends with:\n{last}")
-        self.address, http = READY.search(self.log.read_text(errors="replace")).groups()
-        self.metrics_page = f"http://{http}/metrics"
+        wait_until(lambda: READY.search(self.said()) or self.process.poll() is not None, 60)
+        ready = READY.search(self.said())
+        if not ready:
+            raise Failed(f"the coordinator did not start ({relative(self.log)}):\n{self.said()[-1000:].rstrip()}")
+        self.is_ready = True
+        self.address, self.metrics_page = ready.group(1), f"http://{ready.group(2)}/metrics"
 
     def stop(self):
         if self.process.poll() is None:
@@ -108,7 +131,9 @@ class Coordinator:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        end_gangs()
+        # One that was refused does not own what runs there.
+        if self.is_ready:
+            end_gangs()
 
 
 def end_gangs():
@@ -126,41 +151,60 @@ def end_gangs():
             say(f"process {pid} of an earlier attempt does not end; see ps -p {pid}")
 
 
-class Job:
-    def __init__(self, coordinator):
-        # Known before it is submitted, so that it can be cancelled at any moment.
-        self.name = time.strftime("quickstart-%Y%m%d-%H%M%S")
-        self.address = coordinator.address
-        self.ended = False
+class Simpoctl:
+    """Our simpoctl, talking to our coordinator."""
 
-    def simpoctl(self, *arguments, **options):
-        return run([BIN / "simpoctl", "--address", self.address, *arguments], **options)
+    def __init__(self, address):
+        self.command = [BIN / "simpoctl", "--address", address]
 
-    def submit(self, dtype):
-        code = self.simpoctl("submit", JOB_FILE, "--name", self.name, "--set", f"torch_dtype={dtype}", "-o", "name",
-                             stdout=subprocess.DEVNULL)
-        if code != 0:
-            self.ended = True
-            raise Failed("the job was not accepted")
+    def __call__(self, *arguments, **options):
+        return run([*self.command, *arguments], **options)
 
-    def follow(self):
-        code = self.simpoctl("watch", self.name, stdout=subprocess.DEVNULL)
-        self.ended = code in (0, 100, 103)
-        if code != 0:
-            self.simpoctl("describe", self.name, stdout=sys.stderr)
-            raise Failed(f"the job did not succeed; its logs are in {relative(self.output_dir() / 'logs')}")
-
-    def output_dir(self):
-        command = [BIN / "simpoctl", "--address", self.address, "get", self.name, "-o", "json"]
+    def json(self, *arguments):
+        command = [*self.command, *arguments, "-o", "json"]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         if done.returncode != 0:
-            raise Failed("the coordinator does not know the job any more")
-        return pathlib.Path(json.loads(done.stdout)["output_dir"])
+            raise Failed("the coordinator does not answer any more")
+        return json.loads(done.stdout)
 
-    def cancel(self):
+    def cancel(self, job):
+        """Ends a job and removes what it has written: a checkpoint alone is 1.6 GB."""
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        if self.simpoctl("cancel", self.name, "--yes", **quiet) == 0:
-            self.simpoctl("wait", self.name, "--timeout", "60", **quiet)
+        if self("cancel", job, "--yes", **quiet) == 0:
+            self("wait", job, "--timeout", "60", **quiet)
+            shutil.rmtree(self.json("get", job)["output_dir"], ignore_errors=True)
+
+
+def cancel_earlier(simpoctl):
+    """What a quickstart that was killed has left; the coordinator would go on with it first."""
+    for job in simpoctl.json("list"):
+        if job["state"] not in FINAL_STATES:
+            say(f"cancelling {job['name']}, which an earlier quickstart left unfinished")
+            simpoctl.cancel(job["id"])
+
+
+def train_job(simpoctl, dtype):
+    """Submits the job and follows it to its end; the job as it ended. Cancels it when interrupted."""
+    # Known before it is submitted, so that it can be cancelled at any moment.
+    name = time.strftime("quickstart-%Y%m%d-%H%M%S")
+    ended = False
+    try:
+        submit = ("submit", JOB_FILE, "--name", name, "--set", f"torch_dtype={dtype}", "-o", "name")
+        if simpoctl(*submit, stdout=subprocess.DEVNULL) != 0:
+            ended = True
+            raise Failed("the job was not accepted")
+        code = simpoctl("watch", name, stdout=subprocess.DEVNULL)
+        ended = code in (0, 100, 103)
+        if code != 0:
+            simpoctl("describe", name, stdout=sys.stderr)
+            logs = pathlib.Path(simpoctl.json("get", name)["output_dir"]) / "logs"
+            raise Failed(f"the job did not succeed; its logs are in {relative(logs)}")
+        return simpoctl.json("get", name)
+    finally:
+        if not ended:
+            on_signals(signal.SIG_IGN)
+            say("cancelling the job and stopping its processes")
+            simpoctl.cancel(name)
 
 
 def paint(code, text):
@@ -175,7 +219,8 @@ def duration(seconds):
     return f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
-def print_results(job, output, dtype, page, began):
+def print_results(job, dtype, page, began):
+    output = pathlib.Path(job["output_dir"])
     manifest = json.loads((output / "run_manifest.json").read_text())
     evaluations, steps = read_jsonl(output / "eval_metrics.jsonl"), read_jsonl(output / "metrics.jsonl")
     before, after = evaluations[0], evaluations[-1]
@@ -204,8 +249,8 @@ def print_results(job, output, dtype, page, began):
     print(paint(1, "\n  What to run next"))
     for command in (
         f"build/bin/simpo-coordinator --data-dir {relative(DATA_DIR)}     # and in another terminal:",
-        f"build/bin/simpoctl describe {job.name}",
-        f"build/bin/simpoctl metrics {job.name} -o csv",
+        f"build/bin/simpoctl describe {job['name']}",
+        f"build/bin/simpoctl metrics {job['name']} -o csv",
         f"build/bin/simpoctl submit {relative(JOB_FILE)} --set beta=2.5 --follow",
         "build/bin/simpoctl help job-file",
     ):
@@ -219,43 +264,37 @@ def save_metrics_page(url, path):
 
 
 def train(coordinator, keep, began):
-    """Submits the job and follows it; returns when there is nothing more to show."""
     coordinator.wait_ready()
-    job, dtype = Job(coordinator), compute_dtype()
-    try:
-        job.submit(dtype)
-        say(f"job {job.name} in {dtype}; metrics page while it runs: {coordinator.metrics_page}")
-        job.follow()
-        output = job.output_dir()
-        saved = output / "metrics_page.txt"
-        save_metrics_page(coordinator.metrics_page, saved)
-        page = coordinator.metrics_page if keep else f"{relative(saved)}  (the page at its end)"
-        print_results(job, output, dtype, page, began)
-        if keep:
-            say(f"the coordinator stays up until Ctrl-C; export SIMPO_ADDRESS={coordinator.address}")
-            signal.pause()
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if not job.ended:
-            say("cancelling the job and stopping its processes")
-            job.cancel()
+    simpoctl, dtype = Simpoctl(coordinator.address), compute_dtype()
+    cancel_earlier(simpoctl)
+    say(f"training in {dtype}; metrics while it runs: {coordinator.metrics_page}")
+    job = train_job(simpoctl, dtype)
+    saved = pathlib.Path(job["output_dir"]) / "metrics_page.txt"
+    save_metrics_page(coordinator.metrics_page, saved)
+    page = coordinator.metrics_page if keep else f"{relative(saved)}  (the page at its end)"
+    print_results(job, dtype, page, began)
+    if keep:
+        say(f"the coordinator stays up until Ctrl-C; export SIMPO_ADDRESS={coordinator.address}")
+        signal.pause()
 
 
 def main():
     parser = argparse.ArgumentParser(prog="run.sh", description="Trains a small real model with SimPO on this machine.")
     parser.add_argument("--keep", action="store_true", help="leave the coordinator up at the end, until Ctrl-C")
     keep = parser.parse_args().keep
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    on_signals(signal.default_int_handler)
     began = time.monotonic()
+    os.chdir(ROOT)
     check_programs()
+    held = lock()
     make_inputs()
     coordinator = Coordinator()
     try:
         train(coordinator, keep, began)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)  # a second Ctrl-C must not cut the clearing up short
         coordinator.stop()
+        held.close()
 
 
 if __name__ == "__main__":

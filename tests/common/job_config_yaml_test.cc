@@ -109,8 +109,8 @@ TEST(JobConfigYaml, ReadsEveryKey) {
   EXPECT_EQ(config.output_dir, "./out");
   EXPECT_EQ(config.resume_from_checkpoint, "true");
   // The text above must grow with the table: no key may still have its default, but those with one value.
-  const std::set<std::string_view> one_value = {"launcher", "compat", "offload_optimizer", "reduce_dtype",
-                                                "resources.nodes", "resources.device"};
+  const std::set<std::string_view> one_value = {"launcher",     "compat",          "offload_optimizer",
+                                                "reduce_dtype", "resources.nodes", "resources.device"};
   const JobConfig defaults;
   for (const JobKeyRow& row : JobKeyRows()) {
     if (one_value.contains(row.key.name)) continue;
@@ -263,8 +263,9 @@ TEST(JobConfigYaml, NamesTheNearestKey) {
 
 TEST(JobConfigYaml, AKeyStandsOnce) {
   EXPECT_THAT(Problems(ParseWith("beta: 2\nbeta: 3\n")), ElementsAre("4: beta: the key stands twice; keep one"));
-  EXPECT_THAT(Problems(ParseWith("eval_strategy: no\nevaluation_strategy: epoch\n")),
-              ElementsAre("4: evaluation_strategy: (as eval_strategy) says the same as eval_strategy in line 3; keep one"));
+  EXPECT_THAT(
+      Problems(ParseWith("eval_strategy: no\nevaluation_strategy: epoch\n")),
+      ElementsAre("4: evaluation_strategy: (as eval_strategy) says the same as eval_strategy in line 3; keep one"));
   EXPECT_THAT(Problems(ParseWith("resources: {nodes: 1}\nresources.nodes: 1\n")), ElementsAre(HasSubstr("keep one")));
 }
 
@@ -277,11 +278,10 @@ TEST(JobConfigYaml, MixerIsChecked) {
       "  e/f: 1\n"
       "  e/f: 0.5\n"
       "  g/h: 0\n");
-  EXPECT_THAT(Problems(job),
-              ElementsAre("3: dataset_mixer.a/b: the fraction must be above 0 and at most 1, not '1.5'",
-                          "4: dataset_mixer.c/d: the fraction must be above 0 and at most 1, not 'half'",
-                          "6: dataset_mixer.e/f: the data set stands twice; keep one",
-                          "7: dataset_mixer.g/h: the fraction must be above 0 and at most 1, not '0'"));
+  EXPECT_THAT(Problems(job), ElementsAre("3: dataset_mixer.a/b: the fraction must be above 0 and at most 1, not '1.5'",
+                                         "4: dataset_mixer.c/d: the fraction must be above 0 and at most 1, not 'half'",
+                                         "6: dataset_mixer.e/f: the data set stands twice; keep one",
+                                         "7: dataset_mixer.g/h: the fraction must be above 0 and at most 1, not '0'"));
   EXPECT_THAT(Problems(Parse("model_name_or_path: m\ndataset_mixer: {}\n")), ElementsAre(HasSubstr("must be a map")));
   EXPECT_THAT(Problems(Parse("model_name_or_path: m\ndataset_mixer: [a]\n")), ElementsAre(HasSubstr("must be a map")));
   EXPECT_THAT(ConfigOf(Parse("model_name_or_path: m\ndataset_mixer: owner/data\n")).dataset_mixer,
@@ -303,16 +303,17 @@ TEST(JobConfigYaml, WhatIsNoJobFile) {
 }
 
 TEST(JobConfigYaml, OverridesWin) {
-  const ParsedJob job = ParseWith("beta: 2\nrun_name: file\n", {"beta=3", "beta=4", "name=set", "resources.ranks_per_node=2"});
+  const ParsedJob job =
+      ParseWith("beta: 2\nrun_name: file\n", {"beta=3", "beta=4", "name=set", "resources.ranks_per_node=2"});
   EXPECT_EQ(ConfigOf(job).beta, 4.0);
   EXPECT_EQ(job.config.name, "set");
   EXPECT_EQ(job.config.ranks_per_node, 2);
   EXPECT_EQ(ConfigOf(ParseWith("", {"resources={ranks_per_node: 4}"})).ranks_per_node, 4);
   EXPECT_THAT(ConfigOf(ParseWith("", {"dataset_splits=[a, b]"})).dataset_splits, ElementsAre("a", "b"));
-  EXPECT_THAT(Problems(ParseWith("", {"beta", "=1", "bta=1", "name=[x"})),
-              ElementsAre("0: beta: --set takes key=value", "0: =1: --set takes key=value",
-                          HasSubstr("0: name: --set: the value is not valid YAML"),
-                          "0: bta: unknown key; did you mean beta?"));
+  EXPECT_THAT(
+      Problems(ParseWith("", {"beta", "=1", "bta=1", "name=[x"})),
+      ElementsAre("0: beta: --set takes key=value", "0: =1: --set takes key=value",
+                  HasSubstr("0: name: --set: the value is not valid YAML"), "0: bta: unknown key; did you mean beta?"));
   // A wrong value of the file that --set replaces is no mistake.
   EXPECT_THAT(Problems(ParseWith("beta: x\n", {"beta=1"})), IsEmpty());
 }
@@ -329,11 +330,12 @@ TEST(JobConfigYaml, ValuesMustFitTogether) {
 
 TEST(JobConfigYaml, GlobalBatch) {
   EXPECT_EQ(ConfigOf(ParseWith("")).global_batch_size, 128);
-  const ParsedJob product = ParseWith(
-      "per_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nresources: {ranks_per_node: 2}\n");
+  const ParsedJob product =
+      ParseWith("per_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nresources: {ranks_per_node: 2}\n");
   EXPECT_EQ(ConfigOf(product).global_batch_size, 16);
   EXPECT_THAT(product.notes, Contains(HasSubstr("global_batch_size 16 = ")));
-  const ParsedJob given = ParseWith("per_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nglobal_batch_size: 6\n");
+  const ParsedJob given =
+      ParseWith("per_device_train_batch_size: 2\ngradient_accumulation_steps: 4\nglobal_batch_size: 6\n");
   EXPECT_EQ(ConfigOf(given).global_batch_size, 6);
   EXPECT_THAT(given.notes, Contains(HasSubstr("wins over")));
   const ParsedJob derived = ParseWith("per_device_train_batch_size: 2\n");

@@ -42,7 +42,8 @@ TEST(ForeignKeys, CpoInAnyOrderOfItsLines) {
 TEST(ForeignKeys, CpoMustSayWhatIsNotSimpoByDefault) {
   EXPECT_THAT(Problems(ParseWith("loss_type: simpo\n")),
               ElementsAre(StartsWith("0: beta: "), StartsWith("0: simpo_gamma: "), StartsWith("0: cpo_alpha: ")));
-  EXPECT_THAT(Problems(ParseWith("cpo_alpha: 0\nbeta: 2\nsimpo_gamma: 1\n")), ElementsAre(StartsWith("0: loss_type: ")));
+  EXPECT_THAT(Problems(ParseWith("cpo_alpha: 0\nbeta: 2\nsimpo_gamma: 1\n")),
+              ElementsAre(StartsWith("0: loss_type: ")));
   for (const char* other : {"sigmoid", "hinge", "ipo", "alphapo"}) {
     const std::string yaml = "beta: 2\nsimpo_gamma: 1\ncpo_alpha: 0\nloss_type: " + std::string(other) + "\n";
     EXPECT_THAT(Problems(ParseWith(yaml)), ElementsAre(AllOf(StartsWith("6: loss_type: "), HasSubstr("not SimPO"))));
@@ -95,7 +96,8 @@ TEST(ForeignKeys, Optimizers) {
   for (const char* known : {"adamw_torch", "adamw_torch_fused", "adamw_hf"}) {
     EXPECT_THAT(Problems(ParseWith("optim: " + std::string(known) + "\n")), IsEmpty());
   }
-  for (const char* other : {"adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "[adamw]"}) {
+  for (const char* other :
+       {"adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "[adamw]"}) {
     EXPECT_THAT(Problems(ParseWith("optim: " + std::string(other) + "\n")),
                 ElementsAre(AllOf(StartsWith("3: optim: "), HasSubstr("not supported"))));
   }
@@ -110,7 +112,8 @@ TEST(ForeignKeys, Warmup) {
   EXPECT_EQ(ConfigOf(ParseWith("warmup_steps: 20\n")).warmup_steps, 20);
   EXPECT_EQ(ConfigOf(ParseWith("warmup_steps: 0\n")).warmup_ratio, 0.0);
   EXPECT_EQ(ConfigOf(ParseWith("warmup_steps: 0\nwarmup_ratio: 0.2\n")).warmup_ratio, 0.2);
-  EXPECT_THAT(Problems(ParseWith("warmup_steps: 1.5\n")), ElementsAre("3: warmup_steps: must be a whole number, not '1.5'"));
+  EXPECT_THAT(Problems(ParseWith("warmup_steps: 1.5\n")),
+              ElementsAre("3: warmup_steps: must be a whole number, not '1.5'"));
 }
 
 TEST(ForeignKeys, StepsWithoutAStrategy) {
@@ -125,9 +128,10 @@ TEST(ForeignKeys, StepsWithoutAStrategy) {
 ParsedJob ParseData(const std::string& data) { return Parse("model_name_or_path: m\n" + data); }
 
 TEST(ForeignKeys, DatasetName) {
-  const JobConfig config = ConfigOf(ParseData(
-      "dataset_name: owner/data\ndataset_config: small\ndataset_train_split: train_prefs\ndataset_test_split: test_prefs\n"
-      "dataset_num_proc: 4\n"));
+  const JobConfig config =
+      ConfigOf(ParseData("dataset_name: owner/data\ndataset_config: small\ndataset_train_split: "
+                         "train_prefs\ndataset_test_split: test_prefs\n"
+                         "dataset_num_proc: 4\n"));
   EXPECT_THAT(config.dataset_mixer, ElementsAre(Pair("owner/data", 1.0)));
   EXPECT_THAT(config.dataset_splits, ElementsAre("train_prefs", "test_prefs"));
   EXPECT_THAT(config.dataset_configs, ElementsAre("small"));
@@ -153,7 +157,8 @@ TEST(ForeignKeys, DatasetMixture) {
   EXPECT_THAT(job.config.dataset_configs, ElementsAre("default"));
   EXPECT_THAT(job.notes, Contains(HasSubstr("dataset_mixture.seed has no effect")));
   // The older form, and TRL's list.
-  EXPECT_THAT(ConfigOf(ParseData("dataset_mixture: {owner/a: 0.25}\n")).dataset_mixer, ElementsAre(Pair("owner/a", 0.25)));
+  EXPECT_THAT(ConfigOf(ParseData("dataset_mixture: {owner/a: 0.25}\n")).dataset_mixer,
+              ElementsAre(Pair("owner/a", 0.25)));
   EXPECT_THAT(ConfigOf(ParseData("datasets:\n  - path: owner/a\n  - owner/b\n")).dataset_mixer,
               ElementsAre(Pair("owner/a", 1.0), Pair("owner/b", 1.0)));
 }
@@ -179,7 +184,8 @@ TEST(ForeignKeys, DatasetMixtureMistakes) {
 
 TEST(ForeignKeys, RefusedUnlessOff) {
   EXPECT_THAT(Problems(ParseWith("fp16: true\n")), ElementsAre(StartsWith("3: fp16: ")));
-  EXPECT_THAT(Problems(ParseWith("fp16: false\nload_in_4bit: false\nuse_peft: false\ntest_split_size: null\n")), IsEmpty());
+  EXPECT_THAT(Problems(ParseWith("fp16: false\nload_in_4bit: false\nuse_peft: false\ntest_split_size: null\n")),
+              IsEmpty());
   EXPECT_THAT(Problems(ParseWith("use_peft: true\nlora_r: 16\n")),
               ElementsAre(StartsWith("3: use_peft: "), StartsWith("4: lora_r: ")));
   EXPECT_THAT(Problems(ParseWith("lora_r: 16\n")), ElementsAre(StartsWith("3: lora_r: ")));

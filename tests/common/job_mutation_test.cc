@@ -34,11 +34,51 @@ constexpr char kSeedFile[] =
     "resources: {ranks_per_node: 2, threads_per_rank: 1}\n"
     "time_limit: 2h\n";
 
-constexpr const char* kPieces[] = {
-    "\n", ": ", "- ", "{", "}", "[", "]", "&a ", "*a", "!!str ", "!x ", "? ", "|\n", ">\n", "'", "\"", "\\", "#", "%",
-    "---\n", "...\n", "<<: ", "~", "null", "true", "no", "1e999", "-1", "0", ".nan", "9999999999999999999", "\t", "  ",
-    "beta: ", "datasets: ", "dataset_mixture: ", "resources: ", "gamma: ", "dataset_name: x\n", "\xff", "\xc3\xa9",
-    "\"\\0\"", "\"\\uD800\"", "lora_r: 8\n", "warmup_steps: 0\n"};
+constexpr const char* kPieces[] = {"\n",
+                                   ": ",
+                                   "- ",
+                                   "{",
+                                   "}",
+                                   "[",
+                                   "]",
+                                   "&a ",
+                                   "*a",
+                                   "!!str ",
+                                   "!x ",
+                                   "? ",
+                                   "|\n",
+                                   ">\n",
+                                   "'",
+                                   "\"",
+                                   "\\",
+                                   "#",
+                                   "%",
+                                   "---\n",
+                                   "...\n",
+                                   "<<: ",
+                                   "~",
+                                   "null",
+                                   "true",
+                                   "no",
+                                   "1e999",
+                                   "-1",
+                                   "0",
+                                   ".nan",
+                                   "9999999999999999999",
+                                   "\t",
+                                   "  ",
+                                   "beta: ",
+                                   "datasets: ",
+                                   "dataset_mixture: ",
+                                   "resources: ",
+                                   "gamma: ",
+                                   "dataset_name: x\n",
+                                   "\xff",
+                                   "\xc3\xa9",
+                                   "\"\\0\"",
+                                   "\"\\uD800\"",
+                                   "lora_r: 8\n",
+                                   "warmup_steps: 0\n"};
 
 std::string Mutate(std::string text, std::mt19937_64& random) {
   auto below = [&](size_t n) { return std::uniform_int_distribution<size_t>(0, n - 1)(random); };
@@ -46,9 +86,15 @@ std::string Mutate(std::string text, std::mt19937_64& random) {
   for (size_t i = 0; i < changes && !text.empty(); ++i) {
     const size_t at = below(text.size());
     switch (below(5)) {
-      case 0: text[at] = static_cast<char>(below(256)); break;
-      case 1: text.erase(at, 1 + below(12)); break;
-      case 2: text.insert(at, kPieces[below(std::size(kPieces))]); break;
+      case 0:
+        text[at] = static_cast<char>(below(256));
+        break;
+      case 1:
+        text.erase(at, 1 + below(12));
+        break;
+      case 2:
+        text.insert(at, kPieces[below(std::size(kPieces))]);
+        break;
       case 3: {  // a line again, elsewhere
         const size_t begin = text.rfind('\n', at) == std::string::npos ? 0 : text.rfind('\n', at) + 1;
         const size_t end = text.find('\n', at) == std::string::npos ? text.size() : text.find('\n', at) + 1;
@@ -56,7 +102,8 @@ std::string Mutate(std::string text, std::mt19937_64& random) {
         text.insert(below(text.size()), text.substr(begin, end - begin));
         break;
       }
-      default: text.resize(at);
+      default:
+        text.resize(at);
     }
   }
   return text;

@@ -20,6 +20,11 @@ class DispatcherTest : public ::testing::Test {
 
   // A new coordinator on the same database; what the last one had in memory is gone.
   void StartCoordinator() {
+    LoadAnew();
+    dispatcher_->Adopt(launcher_, now_);
+    Flush();
+  }
+  void LoadAnew() {
     dispatcher_.reset();
     views_.emplace();
     stores_ = {};
@@ -29,8 +34,6 @@ class DispatcherTest : public ::testing::Test {
     options.outputs_dir = dir_ / "outputs";
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, *views_);
     ASSERT_OK(dispatcher_->Load(now_));
-    dispatcher_->Adopt(launcher_, now_);
-    Flush();
   }
   void Flush() { ASSERT_OK(dispatcher_->Flush(now_)); }
   void Pass(milliseconds time) {
@@ -345,22 +348,28 @@ TEST_F(DispatcherTest, AdoptedRanksHaveTheHeartbeatTimeToBeBack) {
   EXPECT_EQ(launcher_.Count("terminate"), 1);
 }
 
+// The database says LAUNCHING, but the launcher has never heard of it.
 TEST_F(DispatcherTest, AStartThatTheCrashPreventedIsMadeUpFor) {
-  // The database says LAUNCHING, but the launcher never heard of it.
   const std::string id = Start(JobYaml(1));
   FakeLauncher fresh;
-  dispatcher_.reset();
-  views_.emplace();
-  stores_ = {};
-  stores_ = Stores::Open(dir_ / "test.db");
-  dispatcher_.emplace(Dispatcher::Options{.slots_total = 4, .outputs_dir = dir_ / "outputs"}, *stores_.database,
-                      *stores_.jobs, *stores_.metrics, *views_);
-  ASSERT_OK(dispatcher_->Load(now_));
+  LoadAnew();
   dispatcher_->Adopt(fresh, now_);
-  Flush();
+  Pass(milliseconds(200));  // the first look at it comes before the start, and must not find it lost
   ASSERT_EQ(fresh.started().size(), 1u);
   EXPECT_EQ(fresh.started()[0].attempt, 1);
   EXPECT_EQ(State(id), "LAUNCHING");
+  EXPECT_EQ(Job(id).restarts(), 0);
+}
+
+TEST_F(DispatcherTest, AStartThatTheCrashPreventedCanBeCancelled) {
+  const std::string id = Start(JobYaml(1));
+  FakeLauncher fresh;
+  LoadAnew();
+  dispatcher_->Adopt(fresh, now_);
+  Cancel(id);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "CANCELLED");
+  EXPECT_TRUE(fresh.started().empty());
 }
 
 TEST_F(DispatcherTest, PointsOfAGangThatEndedWithoutACoordinatorAreTakenFromItsFile) {

@@ -44,7 +44,7 @@ def test_what_prometheus_stores_is_the_run(workspace, prometheus):
     coordinator, server = prometheus
     programs.wait_for("the first scrape", lambda: server.query("up == 1"))
     make_slow(workspace)
-    job = workspace.job(max_steps=40, global_batch_size=48, learning_rate=1e-3, name="scraped", save_strategy="no")
+    job = workspace.job(max_steps=30, global_batch_size=48, learning_rate=1e-3, name="scraped", save_strategy="no")
     job_id = coordinator.submit(job)
     coordinator.wait_state(job_id, "SUCCEEDED")
     own = f'job="{job_id}"'
@@ -71,16 +71,16 @@ def test_what_prometheus_stores_is_the_run(workspace, prometheus):
     for time, step in list(steps.items())[-15:]:
         if step == 0:
             continue
-        query = (f'simpo_job_reward{{{own},response="chosen",split="train"}} - ignoring(response) '
-                 f'simpo_job_reward{{{own},response="rejected",split="train"}}')
-        answer = server.query(f"({query}) @ {time}")
+        query = (f'simpo_job_reward{{{own},response="chosen",split="train"}} @ {time} - ignoring(response) '
+                 f'simpo_job_reward{{{own},response="rejected",split="train"}} @ {time}')
+        answer = server.query(query)
         assert math.isclose(float(answer[0]["value"][1]), lines[step]["rewards/margins"], rel_tol=1e-9)
     info = server.query(f"simpo_job_info{{{own}}}")
     assert info and info[0]["metric"]["name"] == "scraped"
     planned = samples(server, f"simpo_job_steps_planned{{{own}}}")
-    assert max(planned.values()) == 40
+    assert max(planned.values()) == 30
     durations = server.query(f"simpo_job_step_duration_seconds_count{{{own}}}")
-    assert float(durations[0]["value"][1]) == 40
+    assert float(durations[0]["value"][1]) == 30
     assert server.query("simpo_coordinator_build_info == 1") and server.query('simpo_coordinator_slots')
 
 

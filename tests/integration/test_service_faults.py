@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+import conftest
 import programs
 import tiny_model
 from test_service_jobs import assert_nothing_runs, make_slow
@@ -22,17 +23,24 @@ def fault_job(workspace, name, **changes):
     return workspace.job(name, **values)
 
 
-def assert_undisturbed(coordinator, workspace, job_id, name):
-    """The same metrics, in the file and in the service, and the same weights as of a run that nothing disturbed."""
-    reference = workspace.job("reference", max_steps=STEPS, global_batch_size=24, learning_rate=1e-3)
-    workspace.run_worker(reference, 2).expect(0)
-    expected = [values_of(line) for line in workspace.metrics("reference")]
+@pytest.fixture(scope="module")
+def assert_undisturbed(tmp_path_factory):
+    """Compares a job with a run that nothing disturbed: the same metrics, in the file and in the service, and the
+    same weights, bit for bit."""
+    quiet = conftest.Workspace(tmp_path_factory.mktemp("undisturbed"))
+    make_slow(quiet)
+    quiet.run_worker(quiet.job(max_steps=STEPS, global_batch_size=24, learning_rate=1e-3), 2).expect(0)
+    expected = [values_of(line) for line in quiet.metrics()]
+    weights = final_weights(quiet, "job")
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
-    assert [values_of(line) for line in workspace.metrics(name)] == expected
-    points = [values_of(point) for point in coordinator.metrics(job_id)]
-    assert [{key: value for key, value in point.items() if key != "attempt"} for point in points] == expected
-    ours, theirs = final_weights(workspace, name), final_weights(workspace, "reference")
-    assert all((ours[tensor] == values).all() for tensor, values in theirs.items()) and set(ours) == set(theirs)
+
+    def check(coordinator, workspace, job_id, name):
+        assert [values_of(line) for line in workspace.metrics(name)] == expected
+        points = [values_of(point) for point in coordinator.metrics(job_id)]
+        assert [{key: value for key, value in point.items() if key != "attempt"} for point in points] == expected
+        ours = final_weights(workspace, name)
+        assert set(ours) == set(weights) and all((ours[tensor] == values).all() for tensor, values in weights.items())
+    return check
 
 
 def victim_pid(coordinator, victim):
@@ -45,7 +53,7 @@ def victim_pid(coordinator, victim):
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "mpirun", "supervisor"])
-def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(workspace, coordinators, victim):
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(workspace, coordinators, assert_undisturbed, victim):
     coordinator = coordinators.start()
     make_slow(workspace)
     job_id = coordinator.submit(fault_job(workspace, "job"))
@@ -66,7 +74,7 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(work
     assert_nothing_runs(coordinator)
 
 
-def test_rolling_recovery_checkpoints_are_enough(workspace, coordinators):
+def test_rolling_recovery_checkpoints_are_enough(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
     make_slow(workspace)
     job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None, recovery_minutes=0.01))
@@ -98,7 +106,7 @@ def steps_written(workspace, name):
 
 
 @pytest.mark.parametrize("end", ["kill", "SIGTERM", "SIGINT"])
-def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, end):
+def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, assert_undisturbed, end):
     coordinator = coordinators.start()
     make_slow(workspace)
     job_id = coordinator.submit(fault_job(workspace, "job"))

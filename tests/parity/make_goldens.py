@@ -12,6 +12,7 @@ with the fp64 gradients ("gradient/VARIANT/TENSOR") and summed weight updates
 --check makes them again in a temporary folder and compares with the committed ones: weights and token
 ids exactly, numbers within 1e-6 (another processor rounds in another order).
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -37,19 +38,46 @@ from reference import Loss, Training
 GOLDENS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "goldens")
 VOCABULARY, BOS, EOS = 128, 1, 2
 
-COMMON = dict(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=256, rms_norm_eps=1e-5,
-              bos_token_id=BOS, eos_token_id=EOS, use_cache=False)
+COMMON = dict(
+    vocab_size=VOCABULARY,
+    num_hidden_layers=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    use_cache=False,
+)
 CONFIGS = {
     # Grouped queries; the padding row (here EOS, which prompts contain) has no gradient as an input.
-    "untied": LlamaConfig(**COMMON, hidden_size=32, intermediate_size=24, num_attention_heads=4,
-                          num_key_value_heads=2, pad_token_id=EOS, tie_word_embeddings=False,
-                          rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "untied": LlamaConfig(
+        **COMMON,
+        hidden_size=32,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=EOS,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     # One key-value head, heads wider than hidden / heads, biases, and Llama 3.1's frequencies.
-    "tied": LlamaConfig(**COMMON, hidden_size=32, intermediate_size=24, num_attention_heads=4,
-                        num_key_value_heads=1, head_dim=12, tie_word_embeddings=True, attention_bias=True,
-                        rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
-                                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                         "original_max_position_embeddings": 32}),
+    "tied": LlamaConfig(
+        **COMMON,
+        hidden_size=32,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=12,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
 }
 VARIANTS = {
     "sigmoid": Loss(),
@@ -69,7 +97,10 @@ TRAJECTORIES = {
     },
     "tied": {
         "smoothing_sft_decay_cosine": (Loss(beta=2.5, label_smoothing=0.1, sft_weight=0.2), Training(weight_decay=0.3)),
-        "hinge_sft_linear": (Loss(loss_type="hinge", sft_weight=0.1), Training(learning_rate=2e-4, lr_scheduler_type="linear")),
+        "hinge_sft_linear": (
+            Loss(loss_type="hinge", sft_weight=0.1),
+            Training(learning_rate=2e-4, lr_scheduler_type="linear"),
+        ),
     },
 }
 MUTANTS = ("bias_correction", "no_clipping", "no_length_mean", "shifted_label", "schedule_one_ahead")
@@ -108,8 +139,14 @@ def make_pairs(seed, count):
             chosen, rejected = [41], [97]  # a single scored token each
         if i == 4:
             lengths[1] -= 1  # a merge at the border: one scored token more
-        pairs.append({"chosen": prompt + chosen, "rejected": prompt + rejected,
-                      "chosen_prompt_length": lengths[0], "rejected_prompt_length": lengths[1]})
+        pairs.append(
+            {
+                "chosen": prompt + chosen,
+                "rejected": prompt + rejected,
+                "chosen_prompt_length": lengths[0],
+                "rejected_prompt_length": lengths[1],
+            }
+        )
     return pairs
 
 
@@ -126,8 +163,11 @@ def static_numbers(path, pairs, dtype, tensors):
         reference.forward_backward(model, pairs, loss, len(pairs), reference.chosen_tokens(pairs), sums)
         grads = gradients(model)
         norm = math.sqrt(sum(g.double().pow(2).sum().item() for g in grads.values()))
-        result[name] = {"loss": dataclasses.asdict(loss), "metrics": {**sums.metrics(loss), "grad_norm": norm},
-                        "smallest_margin": sums.smallest_margin}
+        result[name] = {
+            "loss": dataclasses.asdict(loss),
+            "metrics": {**sums.metrics(loss), "grad_norm": norm},
+            "smallest_margin": sums.smallest_margin,
+        }
         if tensors is not None and name in GRADIENTS:
             tensors.update({f"gradient/{name}/{n}": g for n, g in grads.items()})
     return result
@@ -162,11 +202,20 @@ def trajectory_numbers(path, name, pairs, loss, training, tensors):
     assert clipped > training.steps // 2, f"{name}: only {clipped} steps are clipped"
     tensors.update({f"update/{name}/{n}": u for n, u in update.items()})
     distances = {m: largest_difference([{"loss": x} for x in v["loss"]], log, ("loss",)) for m, v in mutants.items()}
-    print(f"  {name}: loss {before['loss']:.4f} -> {after['loss']:.4f}, {clipped} steps clipped, fp32 - fp64 "
-          f"{largest_difference(fp32, log, ('loss',)):.1e}; mutants {({m: f'{d:.1e}' for m, d in distances.items()})}", flush=True)
-    return {"loss": dataclasses.asdict(loss), "training": dataclasses.asdict(training), "steps": log,
-            "loss_before": before["loss"], "loss_after": after["loss"],
-            "fp32_steps": [{"loss": s["loss"], "grad_norm": s["grad_norm"]} for s in fp32], "mutants": mutants}
+    print(
+        f"  {name}: loss {before['loss']:.4f} -> {after['loss']:.4f}, {clipped} steps clipped, fp32 - fp64 "
+        f"{largest_difference(fp32, log, ('loss',)):.1e}; mutants {({m: f'{d:.1e}' for m, d in distances.items()})}",
+        flush=True,
+    )
+    return {
+        "loss": dataclasses.asdict(loss),
+        "training": dataclasses.asdict(training),
+        "steps": log,
+        "loss_before": before["loss"],
+        "loss_after": after["loss"],
+        "fp32_steps": [{"loss": s["loss"], "grad_norm": s["grad_norm"]} for s in fp32],
+        "mutants": mutants,
+    }
 
 
 def sha256(path):
@@ -186,14 +235,25 @@ def make_model(folder, name, seed):
         static_fp64 = static_numbers(folder, pairs[:8], torch.float64, tensors)
     golden = {
         "what": "Numbers that training this model must give; made by tests/parity/make_goldens.py, never by hand.",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": sys.version.split()[0]},
-        "sha256": {"model.safetensors": sha256(os.path.join(folder, "model.safetensors")),
-                   "reference.py": sha256(reference.__file__), "make_goldens.py": sha256(os.path.abspath(__file__))},
-        "seed": seed, "pairs": pairs, "static_pairs": 8, "static_fp64": static_fp64,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
+        "sha256": {
+            "model.safetensors": sha256(os.path.join(folder, "model.safetensors")),
+            "reference.py": sha256(reference.__file__),
+            "make_goldens.py": sha256(os.path.abspath(__file__)),
+        },
+        "seed": seed,
+        "pairs": pairs,
+        "static_pairs": 8,
+        "static_fp64": static_fp64,
         "static_fp32": static_numbers(folder, pairs[:8], torch.float32, None),
-        "trajectories": {n: trajectory_numbers(folder, n, pairs, loss, training, tensors)
-                         for n, (loss, training) in TRAJECTORIES[name].items()},
+        "trajectories": {
+            n: trajectory_numbers(folder, n, pairs, loss, training, tensors)
+            for n, (loss, training) in TRAJECTORIES[name].items()
+        },
     }
     path = os.path.join(folder, "tensors.safetensors")
     safetensors.torch.save_file({n: t.float().contiguous() for n, t in tensors.items()}, path)
@@ -206,6 +266,7 @@ def make_model(folder, name, seed):
 
 def to_text(golden):
     """One line per pair, step and set of metrics, so that a change can be read in a diff."""
+
     def nested(value):
         items = value.values() if isinstance(value, dict) else value
         return any(isinstance(item, dict) for item in items)
@@ -216,6 +277,7 @@ def to_text(golden):
         if isinstance(value, list):
             return "[\n" + ",\n".join(pad + lines(v, pad + " ") for v in value) + "]"
         return "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, pad + ' ')}" for k, v in value.items()) + "}"
+
     return lines(golden, " ") + "\n"
 
 
@@ -259,8 +321,10 @@ def check(made_dir):
                 problems.append(f"{name}/{key}: differs from the committed by {distance:.1e} of its norm")
     for problem in problems[:20]:
         print(problem, file=sys.stderr)
-    print(f"goldens: {len(CONFIGS)} models made again, {len(problems)} differences from the committed ones, "
-          f"tensors within {worst:.1e} of their norm")
+    print(
+        f"goldens: {len(CONFIGS)} models made again, {len(problems)} differences from the committed ones, "
+        f"tensors within {worst:.1e} of their norm"
+    )
     return len(problems)
 
 

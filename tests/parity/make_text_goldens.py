@@ -7,6 +7,7 @@ golden.json holds the token ids of awkward texts, chat templates rendered by tra
 data in every form with the token ids that TRL's CPOTrainer trains on. --check makes them again in a temporary folder
 and compares every byte with the committed ones.
 """
+
 import argparse
 import filecmp
 import json
@@ -29,10 +30,34 @@ import text
 GOLDENS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "goldens", "text")
 MAX_LENGTH = 120
 
-TEXTS = ["", " ", "a", "  two  blanks ", "\n", "line\n\nline\r\nend\n", "\t tab", "don't they'll I'M", "1234567 3.14 1,000",
-         "naïve café Zoë", "日本語のテキスト", "Привет, мир", "\U0001f600\U0001f469\u200d\U0001f4bb", "a\u0301 combining", "\u00a0no-break\u2003wide",
-         "<|begin_of_text|>", "x<|eot_id|>y", "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>", "<|unknown|>", "{{ not a template }}",
-         "\\ \" ' ` $ % & / ( ) = ?", "a" * 40, "The river is well known, and it is easy to see why.", "\u200b zero width", "tab\there   ", "ﬁ ligature №"]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "  two  blanks ",
+    "\n",
+    "line\n\nline\r\nend\n",
+    "\t tab",
+    "don't they'll I'M",
+    "1234567 3.14 1,000",
+    "naïve café Zoë",
+    "日本語のテキスト",
+    "Привет, мир",
+    "\U0001f600\U0001f469\u200d\U0001f4bb",
+    "a\u0301 combining",
+    "\u00a0no-break\u2003wide",
+    "<|begin_of_text|>",
+    "x<|eot_id|>y",
+    "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>",
+    "<|unknown|>",
+    "{{ not a template }}",
+    "\\ \" ' ` $ % & / ( ) = ?",
+    "a" * 40,
+    "The river is well known, and it is easy to see why.",
+    "\u200b zero width",
+    "tab\there   ",
+    "ﬁ ligature №",
+]
 
 user = lambda content: {"role": "user", "content": content}
 assistant = lambda content: {"role": "assistant", "content": content}
@@ -42,7 +67,7 @@ CONVERSATIONS = [
     [user("  Hello \n"), assistant("Good day.")],
     [system("Be brief."), user("What is the moon?"), assistant("A rock.\nFar away."), user("How far?")],
     [user("/shout"), assistant("<think>hm</think>\n\nYes.")],
-    [user("\"quotes\", <tags> & {braces} é \U0001f600")],
+    [user('"quotes", <tags> & {braces} é \U0001f600')],
     [assistant("I begin."), user("So?")],
 ]
 
@@ -52,8 +77,10 @@ def row_forms():
     question, good, bad = next(text.words(12, 1))
     rows += [
         # The prompt inside both lists, over several turns.
-        {"chosen": [system("Be kind."), user(question), assistant("Hm."), user("Go on."), assistant(good)],
-         "rejected": [system("Be kind."), user(question), assistant("Hm."), user("Go on."), assistant(bad)]},
+        {
+            "chosen": [system("Be kind."), user(question), assistant("Hm."), user("Go on."), assistant(good)],
+            "rejected": [system("Be kind."), user(question), assistant("Hm."), user("Go on."), assistant(bad)],
+        },
         # Plain texts, beside and inside; the border merges ("the" + "re").
         {"prompt": question, "chosen": " " + good, "rejected": " " + bad},
         {"prompt": "Say the", "chosen": "re is hope", "rejected": "y left"},
@@ -73,12 +100,25 @@ def row_forms():
 
 def trl_tokens(tokenizer, row):
     """The row through TRL's own trainer; None where it leaves a response without tokens."""
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=text.VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=text.VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
     with tempfile.TemporaryDirectory() as folder:
-        config = CPOConfig(output_dir=folder, loss_type="simpo", max_length=MAX_LENGTH, use_cpu=True, bf16=False, report_to=[],
-                           remove_unused_columns=False, disable_tqdm=True)
-        trainer = CPOTrainer(model=model, args=config, train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+        config = CPOConfig(
+            output_dir=folder,
+            loss_type="simpo",
+            max_length=MAX_LENGTH,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+        trainer = CPOTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
+        )
     tokens = trainer.train_dataset[0]
     result = {}
     for which in ("chosen", "rejected"):
@@ -92,7 +132,11 @@ def trl_tokens(tokenizer, row):
 
 def render(tokenizer, template, messages, header):
     try:
-        return {"text": tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=header)}
+        return {
+            "text": tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=header
+            )
+        }
     except Exception as error:  # what the template raises, whatever Jinja makes of it
         return {"error": str(error)}
 
@@ -106,18 +150,33 @@ def make(folder):
         "max_length": MAX_LENGTH,
         "templates": text.TEMPLATES,
         "texts": [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in TEXTS],
-        "renderings": [{"template": name, "messages": messages, "add_generation_prompt": header,
-                        **render(tokenizer, template, messages, header)}
-                       for name, template in text.TEMPLATES.items() for messages in CONVERSATIONS for header in (False, True)],
-        "rows": [{"row": json.dumps(row, ensure_ascii=False), "tokens": trl_tokens(tokenizer, row)} for row in row_forms()],
+        "renderings": [
+            {
+                "template": name,
+                "messages": messages,
+                "add_generation_prompt": header,
+                **render(tokenizer, template, messages, header),
+            }
+            for name, template in text.TEMPLATES.items()
+            for messages in CONVERSATIONS
+            for header in (False, True)
+        ],
+        "rows": [
+            {"row": json.dumps(row, ensure_ascii=False), "tokens": trl_tokens(tokenizer, row)} for row in row_forms()
+        ],
     }
     lists = {name: golden.pop(name) for name in ("texts", "renderings", "rows")}
     lines = lambda items: "[\n" + ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in items) + "]"
-    body = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in golden.items()] + [f" {json.dumps(k)}: {lines(v)}" for k, v in lists.items()]
+    body = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in golden.items()] + [
+        f" {json.dumps(k)}: {lines(v)}" for k, v in lists.items()
+    ]
     with open(os.path.join(folder, "golden.json"), "w", encoding="utf-8") as file:
         file.write("{\n" + ",\n".join(body) + "\n}\n")
-    print(f"text: {len(TEXTS)} texts, {len(lists['renderings'])} renderings, {len(lists['rows'])} rows through TRL {trl.__version__}, "
-          f"{sum(r['tokens'] is None for r in lists['rows'])} without a response")
+    print(
+        f"text: {len(TEXTS)} texts, {len(lists['renderings'])} renderings, "
+        f"{len(lists['rows'])} rows through TRL {trl.__version__}, "
+        f"{sum(r['tokens'] is None for r in lists['rows'])} without a response"
+    )
 
 
 def main():
@@ -134,7 +193,11 @@ def main():
         files = ["tokenizer.json", "tokenizer_config.json", "golden.json"]
         _, different, missing = filecmp.cmpfiles(folder, GOLDENS, files, shallow=False)
     if different or missing:
-        print(f"tests/goldens/text: {', '.join(different + missing)} not as committed; make_text_goldens.py makes them anew", file=sys.stderr)
+        print(
+            f"tests/goldens/text: {', '.join(different + missing)} not as committed; "
+            "make_text_goldens.py makes them anew",
+            file=sys.stderr,
+        )
         return 1
     print(f"goldens: {len(files)} files of texts made again, all as committed")
     return 0

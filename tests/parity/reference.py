@@ -8,6 +8,7 @@ is, so for fp64 these three are replaced by versions without a cast.
 Batches are lists of pairs {"chosen": ids, "rejected": ids, "chosen_prompt_length": n, ...}. They are
 padded, run as chosen rows then rejected rows, and reduced over the whole global batch.
 """
+
 import contextlib
 import dataclasses
 import math
@@ -144,9 +145,17 @@ class Sums:
         margins = s[:n] - s[n:]
         self.pairs += n
         self.smallest_margin = min(self.smallest_margin, margins.abs().min().item())
-        parts = {"loss": losses.detach(), "chosen": s[:n], "rejected": s[n:], "accuracy": (margins > 0).to(s.dtype),
-                 "nll": -sums[:n].detach(), "tokens_chosen": counts[:n], "tokens_rejected": counts[n:],
-                 "logits_chosen": mean_logits[:n], "logits_rejected": mean_logits[n:]}
+        parts = {
+            "loss": losses.detach(),
+            "chosen": s[:n],
+            "rejected": s[n:],
+            "accuracy": (margins > 0).to(s.dtype),
+            "nll": -sums[:n].detach(),
+            "tokens_chosen": counts[:n],
+            "tokens_rejected": counts[n:],
+            "logits_chosen": mean_logits[:n],
+            "logits_rejected": mean_logits[n:],
+        }
         for name, values in parts.items():
             self.sums[name] = self.sums.get(name, 0.0) + values.sum().item()
 
@@ -222,11 +231,17 @@ class TorchAdamW:
 
     def __init__(self, model, training):
         named = list(model.named_parameters())
-        groups = [{"params": [p for n, p in named if decays(n, p)], "weight_decay": training.weight_decay},
-                  {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for n, p in named if decays(n, p)], "weight_decay": training.weight_decay},
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-        self.scheduler = get_scheduler(training.lr_scheduler_type, self.optimizer, num_training_steps=training.steps,
-                                       num_warmup_steps=math.ceil(training.warmup_ratio * training.steps))
+        self.scheduler = get_scheduler(
+            training.lr_scheduler_type,
+            self.optimizer,
+            num_training_steps=training.steps,
+            num_warmup_steps=math.ceil(training.warmup_ratio * training.steps),
+        )
 
     def rate(self):
         return self.optimizer.param_groups[0]["lr"]
@@ -258,7 +273,9 @@ def train(model, pairs, loss, training, mutant=""):
         sums = Sums()
         micro_batch = math.ceil(len(batch) / training.accumulation)
         for begin in range(0, len(batch), micro_batch):
-            forward_backward(model, batch[begin : begin + micro_batch], loss, len(batch), chosen_tokens(batch), sums, mutant)
+            forward_backward(
+                model, batch[begin : begin + micro_batch], loss, len(batch), chosen_tokens(batch), sums, mutant
+            )
         limit = math.inf if mutant == "no_clipping" else training.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
         rate = rates[step + 1] if mutant == "schedule_one_ahead" else rates[step]
@@ -267,5 +284,7 @@ def train(model, pairs, loss, training, mutant=""):
         else:
             assert optimizer.rate() == rate
             optimizer.step()
-        log.append({**sums.metrics(loss), "grad_norm": norm, "learning_rate": rate, "smallest_margin": sums.smallest_margin})
+        log.append(
+            {**sums.metrics(loss), "grad_norm": norm, "learning_rate": rate, "smallest_margin": sums.smallest_margin}
+        )
     return log

@@ -1,5 +1,6 @@
 """A small tokenizer, chat templates and preference rows, all made from seeds, for the text goldens and for the
 comparison with live TRL."""
+
 import json
 import os
 import random
@@ -8,21 +9,26 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
 VOCABULARY = 384
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 HEADERS = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 TEMPLATES = {
     "headers": HEADERS,
     "chatml": (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
     "instructions": (
         "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
         "{% set system_message = messages[0]['content'].strip() + '\n\n' %}{% else %}{% set loop_messages = messages %}"
@@ -32,7 +38,8 @@ TEMPLATES = {
         "{% if loop.index0 == 0 %}{% set content = system_message + message['content'] %}{% else %}"
         "{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
         "{{ '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-        "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"),
+        "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+    ),
     # Blocks on lines of their own, white space control, namespaces, filters, tests and methods.
     "features": (
         "{%- set ns = namespace(count=0, last='') %}\n"
@@ -55,14 +62,43 @@ TEMPLATES = {
         "{%- for i in range(2) if add_generation_prompt %}{{ i }}{{ ',' if not loop.last }}{% endfor %}\n"
         "{%- if add_generation_prompt and ns.last in ['user', 'tool'] %}\n"
         "    {{- eos_token }}\n"
-        "{%- endif %}"),
+        "{%- endif %}"
+    ),
 }
 
-SUBJECTS = ["the river", "a clock", "my garden", "the old bridge", "this number", "Zoë", "the café", "an engine", "the moon", "7 apples"]
-QUESTIONS = ["What is {}?", "Tell me about {}, please.", "Describe {} in a few words.", "Is {} large?\nAnswer briefly.", "Why do people like {}?"]
-GOOD = ["{} is well known, and it is easy to see why.", "In short: {} matters to those who live near.", "{} — quiet, steady, useful.",
-        "1. {}\n2. It lasts.\n3. It helps.", "Many would say that {} is worth a visit; I agree."]
-BAD = ["no idea", "{} {} {}!!!", "What a question... {}? ask somebody else", "I can't say anything of {}, sorry.", "LOL {} \U0001f600"]
+SUBJECTS = [
+    "the river",
+    "a clock",
+    "my garden",
+    "the old bridge",
+    "this number",
+    "Zoë",
+    "the café",
+    "an engine",
+    "the moon",
+    "7 apples",
+]
+QUESTIONS = [
+    "What is {}?",
+    "Tell me about {}, please.",
+    "Describe {} in a few words.",
+    "Is {} large?\nAnswer briefly.",
+    "Why do people like {}?",
+]
+GOOD = [
+    "{} is well known, and it is easy to see why.",
+    "In short: {} matters to those who live near.",
+    "{} — quiet, steady, useful.",
+    "1. {}\n2. It lasts.\n3. It helps.",
+    "Many would say that {} is worth a visit; I agree.",
+]
+BAD = [
+    "no idea",
+    "{} {} {}!!!",
+    "What a question... {}? ask somebody else",
+    "I can't say anything of {}, sorry.",
+    "LOL {} \U0001f600",
+]
 
 
 def words(seed, count):
@@ -75,8 +111,14 @@ def words(seed, count):
 
 def conversations(seed, count):
     """Rows of messages with the prompt beside them, as TRL's explicit form has it."""
-    return [{"prompt": [{"role": "user", "content": prompt}], "chosen": [{"role": "assistant", "content": chosen}],
-             "rejected": [{"role": "assistant", "content": rejected}]} for prompt, chosen, rejected in words(seed, count)]
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        for prompt, chosen, rejected in words(seed, count)
+    ]
 
 
 def write_jsonl(path, rows):
@@ -87,23 +129,45 @@ def write_jsonl(path, rows):
 def make_tokenizer(folder):
     """Byte-level BPE whose own post-processor adds BOS, as Llama 3's does: the trainer must not add a second."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     texts = [text for row in words(3, 400) for text in row]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), show_progress=False, special_tokens=[],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY - len(SPECIAL),
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
-                                      special_tokens=[(SPECIAL[0], tokenizer.token_to_id(SPECIAL[0]))])])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A",
+                pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
+                special_tokens=[(SPECIAL[0], tokenizer.token_to_id(SPECIAL[0]))],
+            ),
+        ]
+    )
     assert tokenizer.get_vocab_size() == VOCABULARY
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0], "eos_token": "<|eot_id|>", "pad_token": "<|pad|>",
-              "chat_template": HEADERS, "clean_up_tokenization_spaces": False, "model_max_length": 131072}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<|pad|>",
+        "chat_template": HEADERS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+    }
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
         file.write(json.dumps(config, indent=1, ensure_ascii=False) + "\n")

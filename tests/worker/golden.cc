@@ -38,13 +38,6 @@ class StopAfterStep : public CoordinatorClient {
   bool due_ = false;
 };
 
-std::vector<Metrics> ReadMetrics(const fs::path& path) {
-  std::vector<Metrics> steps;
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) steps.push_back(MetricsOf(Json::parse(line)));
-  return steps;
-}
-
 }  // namespace
 
 Golden::Golden(const std::string& name) : dir(fs::path(SIMPO_GOLDENS_DIR) / name) {
@@ -145,6 +138,13 @@ JobConfig JobOf(const Json& trajectory) {
   config.save_strategy = "no";
   config.logging_steps = 1000000;  // nothing on stdout
   return config;
+}
+
+std::vector<Metrics> ReadMetrics(const fs::path& path) {
+  std::vector<Metrics> steps;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) steps.push_back(MetricsOf(Json::parse(line)));
+  return steps;
 }
 
 RunResult RunTraining(const Golden& golden, const std::vector<OwnedPair>& pairs, const RunOptions& options,

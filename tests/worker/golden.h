@@ -56,6 +56,9 @@ double Distance(const at::Tensor& got, const at::Tensor& want);
 // The job of a golden trajectory: the same pairs in the same batches.
 JobConfig JobOf(const nlohmann::json& trajectory);
 
+// The lines of a metrics.jsonl.
+std::vector<Metrics> ReadMetrics(const std::filesystem::path& path);
+
 // A run of Train() on `ranks` threads, one rank each.
 struct RunOptions {
   JobConfig config;

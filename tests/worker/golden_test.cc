@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "tests/worker/io/test_files.h"
+#include "tests/worker/io/thread_collectives.h"
 #include "worker/adamw.h"
 #include "worker/evaluate.h"
 #include "worker/train_step.h"
@@ -117,6 +118,33 @@ TEST_P(GoldenModel, MicroBatchesDoNotChangeTheMetrics) {
   const Step whole(golden, loss, 8);
   for (const size_t micro_batch : {1, 3, 5}) {
     EXPECT_LE(LargestDifference({Step(golden, loss, micro_batch).metrics}, {whole.metrics}), kStaticTolerance);
+  }
+}
+
+// Forward only, on any number of ranks: the metrics of the same pairs.
+TEST_P(GoldenModel, Evaluation) {
+  const Golden golden(GetParam());
+  const TempDir dir;
+  const auto count = golden.numbers["static_pairs"].get<size_t>();
+  ASSERT_TRUE(WriteTokenizedDataset(dir / "eval.tokens", std::span(golden.pairs).first(count), 0).ok());
+  const std::unique_ptr<TokenizedDataset> data = TokenizedDataset::Open(dir / "eval.tokens").value();
+  for (const auto& [name, variant] : golden.numbers["static_fp64"].items()) {
+    for (const int ranks : {1, 3, 9}) {
+      ThreadWorld::Run(ranks, [&, &name = name, &variant = variant](Collectives& comm) {
+        at::set_num_threads(1);
+        ShardedParams params(golden.config, at::kFloat, /*zero_stage=*/1, comm);
+        ASSERT_TRUE(params.LoadWeights(*golden.weights).ok());
+        const Decoder decoder(golden.config, params);
+        const Metrics got =
+            Evaluate(decoder, params, *data, LossOf(variant["loss"]), /*max_tokens=*/64, /*max_pairs=*/0, comm);
+        for (const auto& [metric, value] : MetricsOf(variant["metrics"])) {
+          if (metric == "grad_norm") continue;
+          ASSERT_TRUE(got.contains("eval_" + metric)) << metric;
+          EXPECT_LE(Difference(got.at("eval_" + metric), value), kStaticTolerance)
+              << name << ", " << metric << ", " << ranks;
+        }
+      });
+    }
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "tests/worker/golden.h"
 #include "tests/worker/io/test_files.h"
+#include "tests/worker/io/thread_collectives.h"
 #include "worker/evaluate.h"
 #include "worker/pack.h"
 
@@ -183,6 +184,37 @@ TEST_F(Layout, ResumesOnAnotherNumberOfRanks) {
   RunTraining(golden_, golden_.pairs, {.config = job_, .ranks = 4, .stop_after_step = 6}, dir);
   const RunResult rest = RunTraining(golden_, golden_.pairs, {.config = job_, .ranks = 1, .resume = true}, dir);
   EXPECT_LE(LargestDifference(WithoutTimes(rest.steps), want), kLayoutTolerance);
+}
+
+TEST_F(Layout, AResumedRunKeepsItsGlobalBatch) {
+  const std::vector<Metrics> want = WithoutTimes(Run({.config = job_}).steps);
+  const fs::path dir = dir_ / "resumed";
+  RunTraining(golden_, golden_.pairs, {.config = job_, .stop_after_step = 6}, dir);
+  job_.global_batch_size = 16;
+  const RunResult rest = RunTraining(golden_, golden_.pairs, {.config = job_, .resume = true}, dir);
+  EXPECT_EQ(WithoutTimes(rest.steps), want);
+}
+
+// Every rank says so, and what to do; no metrics are written that are no numbers.
+TEST_F(Layout, ARunThatDivergesEndsWithAnError) {
+  job_.learning_rate = 1e30;
+  fs::create_directories(dir_ / "diverged");
+  TrainOptions options{.config = job_,
+                       .output_dir = dir_ / "diverged",
+                       .model_dir = golden_.dir,
+                       .tokenizer_dir = golden_.dir,
+                       .model = golden_.config};
+  options.data.train_cache = dir_ / "train.tokens";
+  ASSERT_TRUE(WriteTokenizedDataset(options.data.train_cache, golden_.pairs, 0).ok());
+  ThreadWorld::Run(2, [&](Collectives& comm) {
+    const absl::StatusOr<TrainOutcome> outcome = Train(options, comm);
+    ASSERT_FALSE(outcome.ok());
+    EXPECT_EQ(outcome.status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(outcome.status().message()),
+                testing::AllOf(testing::HasSubstr("step 3"), testing::HasSubstr("diverged"),
+                               testing::HasSubstr("learning_rate")));
+  });
+  EXPECT_EQ(ReadMetrics(dir_ / "diverged/metrics.jsonl").size(), 2u);
 }
 
 }  // namespace

@@ -1,0 +1,157 @@
+#include "coordinator/exposition.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <httplib.h>
+#include <prometheus/text_serializer.h>
+
+#include <cmath>
+#include <random>
+#include <set>
+#include <sstream>
+
+#include "common/metric_names.h"
+#include "coordinator/http_server.h"
+#include "coordinator/moment.h"
+#include "testing.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+std::string Text(const ExpositionSnapshot& snapshot) {
+  return prometheus::TextSerializer().Serialize(CollectFamilies(snapshot));
+}
+
+std::shared_ptr<JobView> RunningJob() {
+  auto view = std::make_shared<JobView>();
+  view->job.set_id("job1");
+  view->job.set_name("a \"quoted\"\nname");
+  view->job.set_state(v1::JOB_STATE_RUNNING);
+  view->job.set_slots(2);
+  view->model = "model";
+  v1::JobProgress& progress = *view->job.mutable_progress();
+  progress.set_step(12);
+  progress.set_steps_planned(100);
+  for (const MetricName& name : MetricNames()) (*progress.mutable_metrics())[std::string(name.key)] = 0.1;
+  (*progress.mutable_metrics())["rewards/margins"] = -1.0 / 3;
+  (*progress.mutable_eval_metrics())["eval_rewards/margins"] = 2.5;
+  view->step_seconds.Add(0.3);
+  view->last_heard_ms = {3000, 1000, 2000};
+  return view;
+}
+
+TEST(ExpositionTest, ValuesOfAJob) {
+  const std::string text = Text({.now_ms = 10'000, .jobs = {RunningJob()}, .slots_total = 4, .version = "1.2.3"});
+  for (const char* line : {
+           "# TYPE simpo_job_reward_margin gauge\n",
+           "simpo_job_reward_margin{job=\"job1\",split=\"train\"} -0.333333333333333",
+           "simpo_job_reward_margin{job=\"job1\",split=\"eval\"} 2.5\n",
+           "simpo_job_reward{job=\"job1\",response=\"chosen\",split=\"train\"} 0.1\n",
+           "simpo_job_logps{job=\"job1\",response=\"rejected\",split=\"train\"} 0.1\n",
+           "simpo_job_step{job=\"job1\"} 12\n",
+           "simpo_job_steps_planned{job=\"job1\"} 100\n",
+           "# TYPE simpo_job_tokens_total counter\n",
+           "simpo_job_state{job=\"job1\",state=\"RUNNING\"} 1\n",
+           "simpo_job_state{job=\"job1\",state=\"QUEUED\"} 0\n",
+           "name=\"a \\\"quoted\\\"\\nname\"",
+           "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"0.25\"} 0\n",
+           "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"0.5\"} 1\n",
+           "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"+Inf\"} 1\n",
+           "simpo_job_last_heartbeat_timestamp_seconds{job=\"job1\",stat=\"median\"} 2\n",
+           "simpo_coordinator_slots{state=\"taken\"} 2\n",
+           "simpo_coordinator_slots{state=\"free\"} 2\n",
+           "simpo_coordinator_jobs{state=\"RUNNING\"} 1\n",
+           "simpo_coordinator_build_info{version=\"1.2.3\"} 1\n",
+       }) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+}
+
+TEST(ExpositionTest, EveryMetricOfTheTableIsThereAndEveryFamilyOnce) {
+  const std::string text = Text({.jobs = {RunningJob()}, .slots_total = 4});
+  for (const MetricName& name : MetricNames()) {
+    if (name.prometheus.empty()) continue;
+    EXPECT_THAT(text, HasSubstr("\n" + std::string(name.prometheus) + "{"));
+  }
+  std::set<std::string> seen;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("# TYPE ", 0) != 0) continue;
+    EXPECT_TRUE(seen.insert(line).second) << line;
+  }
+}
+
+TEST(ExpositionTest, NumbersKeepTheirDigits) {
+  std::mt19937_64 random(7);
+  for (int i = 0; i < 2000; ++i) {
+    const double value = std::ldexp(std::uniform_real_distribution<double>(-1, 1)(random),
+                                    std::uniform_int_distribution<int>(-60, 60)(random));
+    const auto view = RunningJob();
+    (*view->job.mutable_progress()->mutable_metrics())["loss"] = value;
+    const std::string text = Text({.jobs = {view}});
+    const std::string start = "\nsimpo_job_loss{job=\"job1\",split=\"train\"} ";
+    const size_t at = text.find(start);
+    ASSERT_NE(at, std::string::npos);
+    const double read = std::stod(text.substr(at + start.size()));
+    EXPECT_LE(std::abs(read - value), 1e-15 * std::abs(value)) << value;
+  }
+}
+
+TEST(ExpositionTest, AnEndedJobLeavesAfterAWhile) {
+  const auto view = RunningJob();
+  view->job.set_state(v1::JOB_STATE_SUCCEEDED);
+  *view->job.mutable_end_time() = ToTimestamp(100'000);
+  ExpositionSnapshot snapshot{.now_ms = 160'000, .jobs = {view}, .keep_ended_ms = 60'000};
+  EXPECT_THAT(Text(snapshot), HasSubstr("simpo_job_loss"));
+  snapshot.now_ms = 160'001;
+  EXPECT_THAT(Text(snapshot), Not(HasSubstr("simpo_job_")));
+  EXPECT_THAT(Text(snapshot), HasSubstr("simpo_coordinator_jobs{state=\"SUCCEEDED\"} 1\n"));
+}
+
+TEST(ExpositionTest, RestartsByHowTheyEnded) {
+  const auto view = RunningJob();
+  view->job.set_restarts(2);
+  view->attempts.resize(3);
+  view->attempts[0].set_exit_code(137);
+  const std::string text = Text({.jobs = {view}});
+  EXPECT_THAT(text, HasSubstr("simpo_job_restarts_total{job=\"job1\",reason=\"exit_137\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("simpo_job_restarts_total{job=\"job1\",reason=\"lost\"} 1\n"));
+}
+
+TEST(ExpositionTest, AJobWithoutAStepHasNoStepValues) {
+  const auto view = RunningJob();
+  view->job.clear_progress();
+  const std::string text = Text({.jobs = {view}});
+  EXPECT_THAT(text, Not(HasSubstr("simpo_job_loss")));
+  EXPECT_THAT(text, Not(HasSubstr("simpo_job_step{")));
+}
+
+TEST(HttpServerTest, Pages) {
+  const CoordinatorCollectable source([] { return ExpositionSnapshot{.slots_total = 3, .version = "9"}; });
+  std::atomic<bool> healthy = true;
+  const HttpServer::Options options{.host = "127.0.0.1",
+                                    .title = "simpo-coordinator 9",
+                                    .source = &source,
+                                    .healthy = [&] { return healthy.load(); }};
+  auto server = ValueOf(HttpServer::Start(options));
+  httplib::Client client("127.0.0.1", server->port());
+  const auto metrics = client.Get("/metrics");
+  ASSERT_TRUE(metrics);
+  EXPECT_THAT(metrics->get_header_value("Content-Type"), HasSubstr("text/plain; version=0.0.4"));
+  EXPECT_THAT(metrics->body, HasSubstr("simpo_coordinator_slots{state=\"free\"} 3\n"));
+  EXPECT_EQ(client.Get("/healthz")->status, 200);
+  healthy = false;
+  EXPECT_EQ(client.Get("/healthz")->status, 503);
+  EXPECT_THAT(client.Get("/")->body, HasSubstr("href=\"/metrics\""));
+  EXPECT_EQ(client.Get("/nothing")->status, 404);
+
+  HttpServer::Options taken = options;
+  taken.port = server->port();
+  EXPECT_EQ(HttpServer::Start(taken).status().code(), absl::StatusCode::kUnavailable);
+}
+
+}  // namespace
+}  // namespace simpo

@@ -1,0 +1,159 @@
+// What is read from attempts' files, and the addresses and settings that people write.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+
+#include "coordinator/attempt_output.h"
+#include "coordinator/listen_address.h"
+#include "coordinator/log_reader.h"
+#include "coordinator/server_options.h"
+#include "testing.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(LogReaderTest, WholeLinesAndTheLastOneWhenItIsComplete) {
+  TempDir dir;
+  int64_t offset = 0;
+  EXPECT_FALSE(ReadLines(dir / "log", false, &offset));
+  WriteText(dir / "log", "one\ntwo\nthr");
+  EXPECT_EQ(ReadLines(dir / "log", false, &offset), "one\ntwo\n");
+  EXPECT_EQ(ReadLines(dir / "log", false, &offset), "");
+  EXPECT_EQ(offset, 8);
+  EXPECT_EQ(ReadLines(dir / "log", true, &offset), "thr");
+  EXPECT_EQ(ReadLines(dir / "log", true, &offset), "");
+}
+
+TEST(LogReaderTest, LongFilesComeInPiecesWithoutLossOrRepetition) {
+  TempDir dir;
+  std::string text;
+  for (int i = 0; i < 20'000; ++i) absl::StrAppend(&text, "line ", i, "\n");
+  text += std::string(200'000, 'x') + "\nend\n";
+  WriteText(dir / "log", text);
+  std::string all;
+  for (int64_t offset = 0;;) {
+    const std::string piece = ReadLines(dir / "log", false, &offset).value();
+    if (piece.empty()) break;
+    all += piece;
+  }
+  EXPECT_EQ(all, text);
+}
+
+TEST(LogReaderTest, Tail) {
+  TempDir dir;
+  EXPECT_EQ(TailOffset(dir / "log", 3), 0);
+  std::string text;
+  for (int i = 0; i < 30'000; ++i) absl::StrAppend(&text, "line ", i, "\n");
+  WriteText(dir / "log", text);
+  EXPECT_EQ(text.substr(TailOffset(dir / "log", 2)), "line 29998\nline 29999\n");
+  const std::string many = text.substr(TailOffset(dir / "log", 20'000));
+  EXPECT_EQ(std::count(many.begin(), many.end(), '\n'), 20'000);
+  EXPECT_EQ(TailOffset(dir / "log", 30'000), 0);
+  WriteText(dir / "open", "one\ntwo\nthr");
+  EXPECT_EQ(TailOffset(dir / "open", 2), 4) << "an open last line counts";
+}
+
+TEST(AttemptOutputTest, LastWords) {
+  TempDir dir;
+  EXPECT_EQ(LastWords(dir.path()), "");
+  WriteText(dir / "launcher.log", "mpirun noticed that process rank 1 exited on signal 9 (Killed).\n-----\n");
+  EXPECT_EQ(LastWords(dir.path()), "process rank 1 exited on signal 9 (Killed).");
+  WriteText(dir / "rank-1.log", "simpo-worker: first\nsimpo-worker: rank 1: bad\n  detail\n2024-01-01T00:00:00.000Z I x\n");
+  EXPECT_EQ(LastWords(dir.path()), "rank 1: bad\n  detail");
+}
+
+TEST(AttemptOutputTest, MetricsFile) {
+  TempDir dir;
+  EXPECT_TRUE(ReadMetricsFile(dir / "metrics.jsonl", "train", 1, 0).empty());
+  WriteText(dir / "metrics.jsonl",
+            "{\"step\":1,\"loss\":1}\n{\"step\":2,\"loss\":0.1,\"name\":\"x\"}\nnonsense\n[1]\n{\"step\":\"3\"}\n"
+            "{\"step\":4,\"loss\":\"-Infinity\"}\n{\"step\":5,\"loss\":1");
+  const auto points = ReadMetricsFile(dir / "metrics.jsonl", "train", 7, 1);
+  ASSERT_EQ(points.size(), 2u);
+  EXPECT_EQ(points[0].step(), 2);
+  EXPECT_EQ(points[0].attempt(), 7);
+  EXPECT_EQ(points[0].values_size(), 1);
+  EXPECT_EQ(points[0].values().at("loss"), 0.1);
+  EXPECT_EQ(points[1].values().at("loss"), -INFINITY);
+}
+
+TEST(ListenAddressTest, Forms) {
+  const auto parse = [](const std::string& text) { return ParseListenAddress("--listen", text); };
+  EXPECT_EQ(parse("127.0.0.1:7077")->ToString(), "127.0.0.1:7077");
+  EXPECT_EQ(parse("[::1]:0")->host, "::1");
+  EXPECT_EQ(parse("[::1]:0")->Reachable(5), "[::1]:5");
+  EXPECT_EQ(parse("0.0.0.0:1")->Reachable(5), "127.0.0.1:5");
+  EXPECT_TRUE(parse("localhost:1")->IsLoopback());
+  EXPECT_TRUE(parse("127.1.2.3:1")->IsLoopback());
+  EXPECT_FALSE(parse("0.0.0.0:1")->IsLoopback());
+  EXPECT_FALSE(parse("192.168.0.1:1")->IsLoopback());
+  for (const char* bad : {"", "7077", ":7077", "host:", "host:port", "host:70777", "host:-1", "::1:7077"}) {
+    EXPECT_EQ(parse(bad).status().code(), absl::StatusCode::kInvalidArgument) << bad;
+  }
+}
+
+class ServerOptionsTest : public ::testing::Test {
+ protected:
+  absl::Status Parse(std::vector<std::string> flags, const std::string& config) {
+    CLI::App app;
+    AddServerFlags(app, &options_);
+    std::reverse(flags.begin(), flags.end());
+    app.parse(flags);
+    WriteText(dir_ / "coordinator.yaml", config);
+    return ReadServerConfig(app, dir_ / "coordinator.yaml", &options_);
+  }
+  absl::Status Complete() {
+    WriteText(dir_ / "worker", "");
+    std::filesystem::permissions(dir_ / "worker", std::filesystem::perms::owner_all);
+    if (options_.worker.empty()) options_.worker = dir_ / "worker";
+    options_.mpirun = dir_ / "worker";
+    return CompleteServerOptions(&options_);
+  }
+  TempDir dir_;
+  ServerOptions options_;
+};
+
+TEST_F(ServerOptionsTest, FlagsWinOverTheFile) {
+  ASSERT_OK(Parse({"--slots", "3"}, "slots: 5\ndata_dir: /from/file\ninsecure: true\nrestart_pause_s: 0.5\n"));
+  EXPECT_EQ(options_.slots, 3);
+  EXPECT_EQ(options_.data_dir, "/from/file");
+  EXPECT_TRUE(options_.insecure);
+  EXPECT_EQ(options_.restart_pause_s, 0.5);
+}
+
+TEST_F(ServerOptionsTest, EveryMistakeOfTheFileWithItsLine) {
+  const absl::Status status = Parse({}, "slots: many\nlissten: 127.0.0.1:1\ninsecure: perhaps\n");
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  for (const char* part : {"coordinator.yaml:1: slots", "coordinator.yaml:2: unknown key 'lissten'", "coordinator.yaml:3: insecure"}) {
+    EXPECT_THAT(std::string(status.message()), HasSubstr(part));
+  }
+  EXPECT_FALSE(Parse({}, "slots: [1\n").ok());
+  EXPECT_FALSE(Parse({}, "- slots\n").ok());
+  ASSERT_OK(Parse({}, ""));
+}
+
+TEST_F(ServerOptionsTest, WhatCannotWorkIsRefusedBeforeTheStart) {
+  const auto refused = [&](ServerOptions options, const char* part) {
+    options_ = options;
+    const absl::Status status = Complete();
+    EXPECT_FALSE(status.ok()) << part;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(part));
+  };
+  refused({}, "--data-dir is missing");
+  refused({.data_dir = "d", .listen = "0.0.0.0:7077"}, "add --insecure");
+  refused({.data_dir = "d", .http = "192.168.0.1:80"}, "--http 192.168.0.1:80");
+  refused({.data_dir = "d", .slots = -1}, "--slots is -1");
+  refused({.data_dir = "d", .worker = "/no/such/worker"}, "the trainer /no/such/worker is not there");
+  refused({.data_dir = "d", .stop_grace_s = -3}, "--stop-grace-s must be 0");
+  options_ = {.data_dir = "d", .listen = "0.0.0.0:7077", .insecure = true};
+  ASSERT_OK(Complete());
+  EXPECT_GE(options_.slots, 1);
+  EXPECT_TRUE(std::filesystem::path(options_.data_dir).is_absolute());
+}
+
+}  // namespace
+}  // namespace simpo

@@ -1,0 +1,209 @@
+// Real supervisors and processes; the worker and mpirun are shell scripts. The supervisor is the real
+// simpo-coordinator, whose path the build passes.
+#include "coordinator/launcher_mpirun.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/stat.h>
+
+#include "coordinator/file_lock.h"
+#include "coordinator/subprocess.h"
+#include "testing.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using Phase = GangStatus::Phase;
+
+class LauncherTest : public ::testing::Test {
+ protected:
+  ~LauncherTest() override {
+    // Whatever a failed test has left.
+    for (pid_t pid : Processes()) kill(pid, SIGKILL);
+  }
+
+  void Script(const std::string& name, const std::string& body) {
+    WriteText(dir_ / name, "#!/bin/sh\n" + body);
+    chmod((dir_ / name).c_str(), 0755);
+  }
+  // `worker` gets --job FILE prepare; `mpirun` gets what a real one gets.
+  MpirunLauncher& Launcher(const std::string& worker, const std::string& mpirun) {
+    Script("worker", worker);
+    Script("mpirun", mpirun);
+    launcher_.emplace(MpirunLauncher::Options{.attempts_dir = dir_ / "attempts",
+                                              .supervisor = SIMPO_COORDINATOR_BINARY,
+                                              .worker = dir_ / "worker",
+                                              .mpirun = dir_ / "mpirun",
+                                              .coordinator_address = "127.0.0.1:1"});
+    return *launcher_;
+  }
+  GangRequest Request(bool resume = false) const {
+    return {.job_id = job_id_,
+            .attempt = 1,
+            .ranks = 2,
+            .threads_per_rank = 3,
+            .resume_latest = resume,
+            .job_yaml = "beta: 2\n",
+            .log_dir = dir_ / "out" / "logs",
+            .output_dir = dir_ / "out"};
+  }
+  GangStatus Poll() { return launcher_->Poll(job_id_, 1); }
+  bool Reaches(Phase phase) {
+    return Eventually([&] { return Poll().phase == phase; });
+  }
+  AttemptFiles Files() const { return {dir_ / "attempts" / job_id_ / "1"}; }
+  std::vector<pid_t> Processes() const {
+    return ProcessesWithEnvironment(kSecretFileVariable, Files().Secret().string());
+  }
+  std::string Log() const { return ReadText(dir_ / "out" / "logs" / "launcher.log"); }
+
+  TempDir dir_;
+  const std::string job_id_ = "test" + dir_.path().filename().string();
+  std::optional<MpirunLauncher> launcher_;
+};
+
+TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
+  Launcher("echo prepared \"$@\"", "echo gang \"$@\"; echo threads $OMP_NUM_THREADS; exit 75");
+  ASSERT_OK(launcher_->Start(Request(/*resume=*/true)));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_EQ(Poll().exit.exit_code, 75);
+  EXPECT_EQ(Poll().exit.phase, "train");
+  const std::string log = Log();
+  EXPECT_THAT(log, HasSubstr("prepared --job " + Files().Job().string()));
+  EXPECT_THAT(log, HasSubstr("--job-id " + job_id_ + " --attempt 1"));
+  EXPECT_THAT(log, HasSubstr("-n 2 "));
+  EXPECT_THAT(log, HasSubstr("--resume-latest"));
+  EXPECT_THAT(log, HasSubstr("threads 3"));
+  EXPECT_EQ(ReadText(Files().Job()), "beta: 2\n");
+  EXPECT_EQ(ReadText(dir_ / "out" / "job.yaml"), "beta: 2\n");
+  const AttemptSpec spec{.job_id = job_id_};
+  EXPECT_FALSE(std::filesystem::exists(ScratchDir(spec)));
+}
+
+TEST_F(LauncherTest, NoGangWhenThePreparationFails) {
+  Launcher("exit 3", "echo gang");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_EQ(Poll().exit.exit_code, 3);
+  EXPECT_EQ(Poll().exit.phase, "prepare");
+  EXPECT_EQ(Log().find("gang"), std::string::npos);
+}
+
+TEST_F(LauncherTest, AMissingWorkerIsExitCode127) {
+  Launcher("", "");
+  std::filesystem::remove(dir_ / "worker");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_EQ(Poll().exit.exit_code, 127);
+}
+
+TEST_F(LauncherTest, TheSecretIsSecretAndStays) {
+  Launcher("", "exec sleep 600");
+  EXPECT_EQ(launcher_->ReadSecret(job_id_, 1).status().code(), absl::StatusCode::kNotFound);
+  ASSERT_OK(launcher_->Start(Request()));
+  const std::string secret = *launcher_->ReadSecret(job_id_, 1);
+  EXPECT_EQ(secret.size(), 64u);
+  struct stat info = {};
+  ASSERT_EQ(stat(Files().Secret().c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777, 0600u);
+  ASSERT_OK(launcher_->Start(Request()));
+  EXPECT_EQ(*launcher_->ReadSecret(job_id_, 1), secret);
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  launcher_->Terminate(job_id_, 1);
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+}
+
+TEST_F(LauncherTest, NeverStartedTwiceAndFoundByANewLauncher) {
+  Launcher("", absl::StrCat("echo start >>", (dir_ / "starts").string(), "; exec sleep 600"));
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return !ReadText(dir_ / "starts").empty(); }));
+  const auto options = MpirunLauncher::Options{.attempts_dir = dir_ / "attempts",
+                                               .supervisor = SIMPO_COORDINATOR_BINARY,
+                                               .worker = dir_ / "worker",
+                                               .mpirun = dir_ / "mpirun",
+                                               .coordinator_address = "127.0.0.1:2"};
+  MpirunLauncher second(options);
+  EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kTraining);
+  ASSERT_OK(second.Start(Request()));
+  ASSERT_OK(second.PublishAddress(job_id_, 1));
+  EXPECT_EQ(ReadText(Files().Address()), "127.0.0.1:2\n");
+  second.Terminate(job_id_, 1);
+  ASSERT_TRUE(Eventually([&] { return second.Poll(job_id_, 1).phase == Phase::kEnded; })) << Log();
+  EXPECT_EQ(second.Poll(job_id_, 1).exit.exit_code, 128 + SIGTERM);
+  EXPECT_EQ(ReadText(dir_ / "starts"), "start\n");
+  ASSERT_OK(second.Start(Request()));
+  EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kEnded) << "an attempt that has ended is not begun again";
+}
+
+TEST_F(LauncherTest, TerminateLeavesNoProcessEvenOfAGangThatWillNotGo) {
+  // The gang ignores SIGTERM, and so do children that it has cast off.
+  Launcher("", "trap '' TERM; (trap '' TERM; setsid sleep 600) & sleep 600; sleep 600");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return Processes().size() >= 3; }));
+  launcher_->Terminate(job_id_, 1);
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_THAT(Processes(), IsEmpty());
+}
+
+TEST_F(LauncherTest, ASupervisorThatIsKilledIsLostAndItsGangSwept) {
+  Launcher("", "exec sleep 600");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return !Processes().empty(); }));
+  kill(ReadSupervisor(Files())->pid, SIGKILL);
+  ASSERT_TRUE(Reaches(Phase::kLost));
+  EXPECT_THAT(Poll().reason, HasSubstr("without a word"));
+  EXPECT_FALSE(Processes().empty());
+  launcher_->Kill(job_id_, 1);
+  EXPECT_TRUE(Eventually([&] { return Processes().empty(); }));
+}
+
+TEST_F(LauncherTest, ARestartedMachineIsToldFromACrash) {
+  Launcher("", "");
+  std::filesystem::create_directories(Files().dir);
+  ASSERT_OK(WriteSupervisor(Files(), {.pid = 1, .start_time = 1, .boot_id = "another-boot"}));
+  EXPECT_EQ(Poll().phase, Phase::kLost);
+  EXPECT_THAT(Poll().reason, HasSubstr("machine was restarted"));
+}
+
+TEST_F(LauncherTest, AnOutputFolderThatCannotBeMadeIsAnErrorWithItsPath) {
+  Launcher("", "");
+  WriteText(dir_ / "file", "");
+  GangRequest request = Request();
+  request.log_dir = dir_ / "file" / "logs";
+  const absl::Status status = launcher_->Start(request);
+  EXPECT_FALSE(status.ok());
+  EXPECT_THAT(std::string(status.message()), HasSubstr((dir_ / "file").string()));
+}
+
+TEST(FileLockTest, OneHolderAndAnybodyMayAsk) {
+  TempDir dir;
+  EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
+  {
+    auto lock = FileLock::Acquire(dir / "lock");
+    ASSERT_OK(lock.status());
+    EXPECT_TRUE(FileLock::IsHeld(dir / "lock"));
+    EXPECT_EQ(FileLock::Acquire(dir / "lock").status().code(), absl::StatusCode::kAlreadyExists);
+  }
+  EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
+  EXPECT_EQ(FileLock::Acquire(dir / "no" / "lock").status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(SubprocessTest, IdentityAndExitCodes) {
+  const auto self = IdentifyProcess(getpid());
+  ASSERT_TRUE(self);
+  EXPECT_TRUE(IsAlive(*self));
+  ProcessIdentity later = *self;
+  ++later.start_time;
+  EXPECT_FALSE(IsAlive(later)) << "the same number, but another process";
+  EXPECT_EQ(ExitCodeOfWaitStatus(3 << 8), 3);
+  EXPECT_EQ(ExitCodeOfWaitStatus(SIGKILL), 137);
+}
+
+}  // namespace
+}  // namespace simpo

@@ -1,0 +1,500 @@
+// The RPCs as clients meet them: real gRPC in this process, a real controller, gangs of cardboard.
+#include <gmock/gmock.h>
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "coordinator/controller.h"
+#include "coordinator/stream_pump.h"
+#include "coordinator/training_service.h"
+#include "coordinator/worker_service.h"
+#include "simpo/v1/error_details.pb.h"
+#include "simpo/v1/training_service.grpc.pb.h"
+#include "simpo/v1/worker_service.grpc.pb.h"
+#include "testing.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+class ServicesTest : public ::testing::Test {
+ protected:
+  ServicesTest() {
+    stores_ = Stores::Open(dir_ / "test.db");
+    facts_ = {.version = "1.2.3", .data_dir = dir_.path().string(), .hostname = "here", .slots_total = 4};
+    Dispatcher::Options options;
+    options.slots_total = 4;
+    options.outputs_dir = dir_ / "outputs";
+    options.first_pause = std::chrono::milliseconds(10);
+    dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
+    controller_.emplace(*dispatcher_, [this](const absl::Status&) { ++failures_; });
+    views_.SetListener([this] { pump_.Wake(); });
+    EXPECT_TRUE(dispatcher_->Load(Moment::Now()).ok());
+    training_.emplace(TrainingService::Parts{.controller = *controller_,
+                                             .views = views_,
+                                             .jobs = *stores_.jobs,
+                                             .metrics = *stores_.metrics,
+                                             .pump = pump_,
+                                             .rpc_stats = rpc_stats_,
+                                             .facts = facts_});
+    workers_.emplace(*controller_, views_);
+    grpc::ServerBuilder builder;
+    builder.RegisterService(&*training_);
+    builder.RegisterService(&*workers_);
+    server_ = builder.BuildAndStart();
+    channel_ = server_->InProcessChannel(grpc::ChannelArguments());
+    stub_ = v1::TrainingService::NewStub(channel_);
+    controller_->Start(launcher_);
+  }
+  ~ServicesTest() override {
+    pump_.Stop();
+    server_->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(2));
+    controller_->Stop();
+    server_.reset();
+  }
+
+  grpc::Status Submit(const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
+    grpc::ClientContext context;
+    return stub_->SubmitJob(&context, request, response);
+  }
+  v1::Job MustSubmit(const std::string& yaml, const std::string& name = "") {
+    v1::SubmitJobRequest request = SubmitRequest(yaml);
+    request.set_name(name);
+    v1::SubmitJobResponse response;
+    const grpc::Status status = Submit(request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+    return response.job();
+  }
+  std::string State(const std::string& id) { return JobStateName(views_.FindById(id)->job.state()); }
+  bool Reaches(const std::string& id, const std::string& state) {
+    return Eventually([&] { return State(id) == state; });
+  }
+
+  // A rank's end of an Attach stream.
+  struct RankClient {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReaderWriter<v1::AttachRequest, v1::AttachResponse>> stream;
+    void Say(const v1::AttachRequest& request) { EXPECT_TRUE(stream->Write(request)); }
+    grpc::Status Drain() {
+      v1::AttachResponse response;
+      while (stream->Read(&response)) {
+      }
+      return stream->Finish();
+    }
+  };
+  std::unique_ptr<RankClient> Attach(const std::string& id, const std::string& secret, int rank = 0, int world = 1) {
+    auto client = std::make_unique<RankClient>();
+    client->context.AddMetadata("simpo-attempt-secret", secret);
+    client->stream = v1::WorkerService::NewStub(channel_)->Attach(&client->context);
+    v1::AttachRequest request;
+    request.mutable_hello()->set_job_id(id);
+    request.mutable_hello()->set_attempt(1);
+    request.mutable_hello()->set_rank(rank);
+    request.mutable_hello()->set_world_size(world);
+    client->stream->Write(request);
+    return client;
+  }
+  std::unique_ptr<RankClient> AttachRightly(const std::string& id) {
+    EXPECT_TRUE(Eventually([&] { return !views_.FindById(id)->secret.empty(); }));
+    auto client = Attach(id, "secret-of-" + id + "/1");
+    v1::AttachResponse response;
+    EXPECT_TRUE(client->stream->Read(&response));
+    EXPECT_TRUE(response.has_welcome());
+    return client;
+  }
+
+  TempDir dir_;
+  Stores stores_;
+  ServerFacts facts_;
+  FakeLauncher launcher_;
+  JobViews views_;
+  RpcStats rpc_stats_;
+  StreamPump pump_;
+  std::atomic<int> failures_ = 0;
+  std::optional<Dispatcher> dispatcher_;
+  std::optional<Controller> controller_;
+  std::optional<TrainingService> training_;
+  std::optional<WorkerService> workers_;
+  std::unique_ptr<grpc::Server> server_;
+  std::shared_ptr<grpc::Channel> channel_;
+  std::unique_ptr<v1::TrainingService::Stub> stub_;
+};
+
+TEST(SecretsEqualTest, ByContent) {
+  EXPECT_TRUE(SecretsEqual("abc", "abc"));
+  EXPECT_FALSE(SecretsEqual("abc", "abd"));
+  EXPECT_FALSE(SecretsEqual("abc", "abcd"));
+  EXPECT_FALSE(SecretsEqual("", "abc"));
+}
+
+TEST_F(ServicesTest, OnlyTheAttemptsOwnSecretLetsARankIn) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  const std::string other = MustSubmit(JobYaml()).id();
+  ASSERT_TRUE(Eventually([&] { return !views_.FindById(id)->secret.empty() && !views_.FindById(other)->secret.empty(); }));
+  for (const std::string& secret : {std::string(), std::string("wrong"), "secret-of-" + other + "/1",
+                                    "secret-of-" + id + "/2", "secret-of-" + id}) {
+    const grpc::Status status = Attach(id, secret)->Drain();
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAUTHENTICATED) << secret;
+  }
+  EXPECT_EQ(Attach("nosuchjob", "x")->Drain().error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(State(id), "LAUNCHING");
+  AttachRightly(id);
+  EXPECT_TRUE(Reaches(id, "RUNNING"));
+}
+
+TEST_F(ServicesTest, TheFirstMessageMustBeHello) {
+  RankClient client;
+  client.stream = v1::WorkerService::NewStub(channel_)->Attach(&client.context);
+  client.stream->Write(HeartbeatMessage("train"));
+  EXPECT_EQ(client.Drain().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+}
+
+TEST_F(ServicesTest, ARankReportsIsAcknowledgedAndLeaves) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  auto rank = AttachRightly(id);
+  constexpr int kSteps = 2000;  // more than the stream lets wait
+  std::thread writer([&] {
+    for (int step = 1; step <= kSteps; ++step) rank->Say(StepMessage(step));
+    rank->Say(EventMessage("finished", ""));
+  });
+  v1::AttachResponse response;
+  int64_t acknowledged = 0;
+  while (acknowledged < kSteps && rank->stream->Read(&response)) acknowledged = response.ack().step();
+  writer.join();
+  EXPECT_EQ(acknowledged, kSteps);
+  rank->stream->WritesDone();
+  const grpc::Status status = rank->Drain();
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  launcher_.End(id, 1, 0);
+  EXPECT_TRUE(Reaches(id, "SUCCEEDED"));
+  const auto points = ValueOf(stores_.metrics->ListPoints(views_.FindById(id)->sequence, "train", 0, 2 * kSteps));
+  EXPECT_EQ(points.size(), static_cast<size_t>(kSteps));
+  EXPECT_LT(controller_->stats().commit_seconds.count, kSteps) << "points must be committed in groups";
+}
+
+TEST_F(ServicesTest, ACancelReachesTheRank) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  auto rank = AttachRightly(id);
+  rank->Say(StepMessage(1));
+  ASSERT_TRUE(Eventually([&] { return views_.FindById(id)->job.progress().step() == 1; }));
+  grpc::ClientContext context;
+  v1::CancelJobRequest request;
+  request.set_job_id(id);
+  v1::CancelJobResponse response;
+  ASSERT_TRUE(stub_->CancelJob(&context, request, &response).ok());
+  EXPECT_EQ(response.job().state(), v1::JOB_STATE_CANCELLING);
+  v1::AttachResponse message;
+  bool told = false;
+  while (!told && rank->stream->Read(&message)) told = message.command().kind() == v1::COMMAND_KIND_STOP;
+  EXPECT_TRUE(told);
+  launcher_.End(id, 1, 143);
+  EXPECT_TRUE(Reaches(id, "CANCELLED"));
+}
+
+TEST_F(ServicesTest, ARefusedJobSaysEverythingInWordsAndInDetails) {
+  v1::SubmitJobResponse response;
+  const grpc::Status status = Submit(SubmitRequest(JobYaml(9, "betta: 1\nlearning_rate: fast\n")), &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  for (const char* part : {"test.yaml:5: betta", "test.yaml:6: learning_rate", "need 9 slots"}) {
+    EXPECT_THAT(status.error_message(), HasSubstr(part));
+  }
+  v1::RpcStatus details;
+  ASSERT_TRUE(details.ParseFromString(status.error_details()));
+  EXPECT_EQ(details.code(), grpc::StatusCode::INVALID_ARGUMENT);
+  v1::BadRequest bad_request;
+  v1::ErrorInfo info;
+  for (const google::protobuf::Any& any : details.details()) {
+    if (any.type_url() == "type.googleapis.com/google.rpc.BadRequest") bad_request.ParseFromString(any.value());
+    if (any.type_url() == "type.googleapis.com/google.rpc.ErrorInfo") info.ParseFromString(any.value());
+  }
+  EXPECT_EQ(info.domain(), "simpo");
+  EXPECT_EQ(info.reason(), "BAD_JOB");
+  ASSERT_EQ(bad_request.field_violations_size(), 3);
+  EXPECT_EQ(bad_request.field_violations(0).field(), "betta");
+  EXPECT_TRUE(views_.All().empty());
+}
+
+TEST_F(ServicesTest, HundredsOfMistakesStillFitInAReply) {
+  std::string yaml = JobYaml();
+  for (int i = 0; i < 300; ++i) absl::StrAppend(&yaml, "unknown_key_number_", i, ": 1\n");
+  v1::SubmitJobResponse response;
+  const grpc::Status status = Submit(SubmitRequest(yaml), &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("unknown_key_number_0"));
+  EXPECT_THAT(status.error_message(), HasSubstr("and more"));
+  EXPECT_LT(status.error_message().size() + status.error_details().size() * 4 / 3, 8000u);
+}
+
+TEST_F(ServicesTest, ValidateOnlyStoresNothing) {
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml(2));
+  request.set_validate_only(true);
+  v1::SubmitJobResponse response;
+  ASSERT_TRUE(Submit(request, &response).ok());
+  EXPECT_EQ(response.job().id(), "");
+  EXPECT_EQ(response.job().ranks(), 2);
+  EXPECT_THAT(response.job().config_yaml(), HasSubstr("beta: 2"));
+  EXPECT_FALSE(response.notes().empty());
+  EXPECT_TRUE(views_.All().empty());
+}
+
+TEST_F(ServicesTest, ManyClientsWithOneRequestIdMakeOneJob) {
+  std::vector<std::thread> clients;
+  std::array<std::string, 16> ids;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    clients.emplace_back([&, i] {
+      v1::SubmitJobResponse response;
+      if (Submit(SubmitRequest(JobYaml(), "same"), &response).ok()) ids[i] = response.job().id();
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  for (const std::string& id : ids) EXPECT_EQ(id, ids[0]);
+  EXPECT_FALSE(ids[0].empty());
+  EXPECT_EQ(views_.All().size(), 1u);
+  v1::SubmitJobResponse response;
+  const grpc::Status status = Submit(SubmitRequest(JobYaml(2), "same"), &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::ALREADY_EXISTS);
+}
+
+TEST_F(ServicesTest, JobsAreFoundByIdNameAndPrefix) {
+  const v1::Job one = MustSubmit(JobYaml(), "alpha");
+  MustSubmit(JobYaml(), "twin");
+  MustSubmit(JobYaml(), "twin");
+  const auto get = [&](const std::string& reference) {
+    grpc::ClientContext context;
+    v1::GetJobRequest request;
+    request.set_job_id(reference);
+    v1::GetJobResponse response;
+    const grpc::Status status = stub_->GetJob(&context, request, &response);
+    return status.ok() ? response.job().id() : absl::StrCat("error ", status.error_code());
+  };
+  EXPECT_EQ(get(one.id()), one.id());
+  EXPECT_EQ(get(one.id().substr(0, 8)), one.id());
+  EXPECT_EQ(get("alpha"), one.id());
+  EXPECT_EQ(get("twin"), absl::StrCat("error ", grpc::StatusCode::FAILED_PRECONDITION));
+  EXPECT_EQ(get("nobody"), absl::StrCat("error ", grpc::StatusCode::NOT_FOUND));
+  EXPECT_EQ(get(""), absl::StrCat("error ", grpc::StatusCode::INVALID_ARGUMENT));
+}
+
+TEST_F(ServicesTest, ListsNewestFirstInPagesWithFilters) {
+  std::vector<std::string> ids;
+  for (int i = 0; i < 5; ++i) ids.push_back(MustSubmit(JobYaml(4, i == 3 ? "labels: {team: blue}\n" : "")).id());
+  const auto list = [&](v1::ListJobsRequest request, std::string* next) {
+    grpc::ClientContext context;
+    v1::ListJobsResponse response;
+    const grpc::Status status = stub_->ListJobs(&context, request, &response);
+    std::vector<std::string> found;
+    if (!status.ok()) found.push_back(status.error_message());
+    for (const v1::Job& job : response.jobs()) {
+      EXPECT_EQ(job.config_yaml(), "");
+      found.push_back(job.id());
+    }
+    if (next != nullptr) *next = response.next_page_token();
+    return found;
+  };
+  v1::ListJobsRequest request;
+  request.set_page_size(2);
+  std::string next;
+  EXPECT_THAT(list(request, &next), ElementsAre(ids[4], ids[3]));
+  request.set_page_token(next);
+  EXPECT_THAT(list(request, &next), ElementsAre(ids[2], ids[1]));
+  request.set_page_token(next);
+  EXPECT_THAT(list(request, &next), ElementsAre(ids[0]));
+  EXPECT_EQ(next, "");
+
+  v1::ListJobsRequest filter;
+  (*filter.mutable_labels())["team"] = "blue";
+  EXPECT_THAT(list(filter, nullptr), ElementsAre(ids[3]));
+  v1::ListJobsRequest states;
+  states.add_states(v1::JOB_STATE_LAUNCHING);
+  EXPECT_THAT(list(states, nullptr), ElementsAre(ids[0]));
+  request.set_page_token("rubbish");
+  EXPECT_THAT(list(request, nullptr), ElementsAre(HasSubstr("page_token")));
+  v1::ListJobsRequest big;
+  big.set_page_size(5000);
+  EXPECT_THAT(list(big, nullptr), ElementsAre(HasSubstr("page_size")));
+}
+
+TEST_F(ServicesTest, WatchShowsEveryEventAndPointAndEnds) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  auto rank = AttachRightly(id);
+  v1::WatchJobRequest request;
+  request.set_job_id(id);
+  grpc::ClientContext context;
+  auto watch = stub_->WatchJob(&context, request);
+  v1::WatchJobResponse response;
+  ASSERT_TRUE(watch->Read(&response));
+  EXPECT_EQ(response.job().config_yaml(), "");
+  std::vector<int64_t> events, points;
+  const auto collect = [&] {
+    for (const v1::JobEvent& event : response.events()) events.push_back(event.sequence());
+    for (const v1::MetricPoint& point : response.points()) points.push_back(point.step());
+  };
+  collect();
+  constexpr int kSteps = 1200;  // more than one response holds
+  for (int step = 1; step <= kSteps; ++step) rank->Say(StepMessage(step));
+  rank->Say(EventMessage("finished", ""));
+  ASSERT_TRUE(Eventually([&] { return views_.FindById(id)->job.progress().step() == kSteps; }));
+  launcher_.End(id, 1, 0);
+  while (watch->Read(&response)) collect();
+  EXPECT_TRUE(watch->Finish().ok());
+  EXPECT_EQ(response.job().state(), v1::JOB_STATE_SUCCEEDED);
+  EXPECT_THAT(events, ElementsAre(1, 2, 3, 4));
+  ASSERT_EQ(points.size(), static_cast<size_t>(kSteps));
+  EXPECT_EQ(points.back(), kSteps);
+
+  // From a cursor: only what came after it.
+  request.set_after_sequence(3);
+  grpc::ClientContext again_context;
+  auto again = stub_->WatchJob(&again_context, request);
+  events.clear();
+  while (again->Read(&response)) collect();
+  EXPECT_TRUE(again->Finish().ok());
+  EXPECT_THAT(events, ElementsAre(4));
+
+  request.set_job_id("nobody");
+  grpc::ClientContext missing_context;
+  EXPECT_EQ(stub_->WatchJob(&missing_context, request)->Finish().error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+TEST_F(ServicesTest, LogsAreFollowedOverAttempts) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  const std::filesystem::path logs = std::filesystem::path(views_.FindById(id)->job.output_dir()) / "logs";
+  WriteText(logs / "attempt-1" / "rank-0.log", "one\ntwo\nthr");
+  v1::StreamLogsRequest request;
+  request.set_job_id(id);
+  request.set_follow(true);
+  grpc::ClientContext context;
+  auto stream = stub_->StreamLogs(&context, request);
+  v1::StreamLogsResponse response;
+  ASSERT_TRUE(stream->Read(&response));
+  EXPECT_EQ(response.data(), "one\ntwo\n");
+  const std::string cursor = response.cursor();
+  WriteText(logs / "attempt-2" / "rank-0.log", "four\n");
+  launcher_.End(id, 1, 75);
+  ASSERT_TRUE(stream->Read(&response));
+  EXPECT_EQ(response.data(), "thr");
+  ASSERT_TRUE(stream->Read(&response));
+  EXPECT_EQ(response.attempt(), 2);
+  EXPECT_EQ(response.data(), "four\n");
+  launcher_.End(id, 2, 0);
+  EXPECT_FALSE(stream->Read(&response));
+  EXPECT_TRUE(stream->Finish().ok());
+
+  const auto read = [&](v1::StreamLogsRequest logs_request) {
+    logs_request.set_job_id(id);
+    grpc::ClientContext logs_context;
+    auto logs_stream = stub_->StreamLogs(&logs_context, logs_request);
+    std::string text;
+    while (logs_stream->Read(&response)) text += response.data();
+    const grpc::Status status = logs_stream->Finish();
+    return status.ok() ? text : absl::StrCat("error: ", status.error_message());
+  };
+  v1::StreamLogsRequest again;
+  again.set_follow(true);
+  again.set_cursor(cursor);
+  EXPECT_EQ(read(again), "thrfour\n");
+  v1::StreamLogsRequest tail;
+  tail.set_attempt(1);
+  tail.set_tail_lines(2);
+  EXPECT_EQ(read(tail), "two\nthr");
+  v1::StreamLogsRequest wrong;
+  wrong.set_rank(5);
+  EXPECT_THAT(read(wrong), HasSubstr("no rank 5"));
+  wrong.set_rank(-1);
+  EXPECT_THAT(read(wrong), HasSubstr("has no log"));
+  wrong.set_rank(0);
+  wrong.set_attempt(9);
+  EXPECT_THAT(read(wrong), HasSubstr("no attempt 9"));
+  wrong.set_attempt(0);
+  wrong.set_cursor("1:x");
+  EXPECT_THAT(read(wrong), HasSubstr("no cursor"));
+}
+
+TEST_F(ServicesTest, AClientThatGoesAwayLeavesNothingBehind) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  for (int i = 0; i < 20; ++i) {
+    v1::WatchJobRequest request;
+    request.set_job_id(id);
+    grpc::ClientContext context;
+    auto watch = stub_->WatchJob(&context, request);
+    v1::WatchJobResponse response;
+    ASSERT_TRUE(watch->Read(&response));
+    context.TryCancel();
+    EXPECT_EQ(watch->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  auto rank = AttachRightly(id);
+  rank->context.TryCancel();
+  rank->Drain();
+  auto next = AttachRightly(id);
+  next->Say(StepMessage(1));
+  EXPECT_TRUE(Eventually([&] { return views_.FindById(id)->job.progress().step() == 1; }));
+}
+
+TEST_F(ServicesTest, MetricsInPages) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  auto rank = AttachRightly(id);
+  for (int step = 1; step <= 5; ++step) rank->Say(StepMessage(step, 1.0 / step));
+  rank->Say(StepMessage(0, 0.5, "eval"));
+  ASSERT_TRUE(Eventually([&] { return !views_.FindById(id)->job.progress().eval_metrics().empty(); }));
+  const auto list = [&](const std::string& split, int64_t after, int size, bool* more) {
+    grpc::ClientContext context;
+    v1::ListMetricsRequest request;
+    request.set_job_id(id);
+    request.set_split(split);
+    request.set_after_step(after);
+    request.set_page_size(size);
+    v1::ListMetricsResponse response;
+    const grpc::Status status = stub_->ListMetrics(&context, request, &response);
+    *more = response.more();
+    std::string text = status.error_message();
+    for (const v1::MetricPoint& point : response.points()) absl::StrAppend(&text, point.step(), " ");
+    return text;
+  };
+  bool more = false;
+  EXPECT_EQ(list("", 0, 3, &more), "1 2 3 ");
+  EXPECT_TRUE(more);
+  EXPECT_EQ(list("train", 3, 3, &more), "4 5 ");
+  EXPECT_FALSE(more);
+  EXPECT_EQ(list("eval", -1, 3, &more), "0 ");
+  EXPECT_THAT(list("test", 0, 3, &more), HasSubstr("split"));
+}
+
+TEST_F(ServicesTest, ServerInfo) {
+  MustSubmit(JobYaml(3));
+  grpc::ClientContext context;
+  v1::GetServerInfoResponse response;
+  ASSERT_TRUE(stub_->GetServerInfo(&context, v1::GetServerInfoRequest(), &response).ok());
+  EXPECT_EQ(response.version(), "1.2.3");
+  EXPECT_EQ(response.slots_total(), 4);
+  EXPECT_EQ(response.slots_free(), 1);
+}
+
+TEST_F(ServicesTest, AStoppedControllerRefuses) {
+  controller_->Stop();
+  v1::SubmitJobResponse response;
+  const grpc::Status status = Submit(SubmitRequest(JobYaml()), &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST_F(ServicesTest, ADatabaseThatCannotBeWrittenStopsTheController) {
+  MustSubmit(JobYaml());
+  // The file is full from now on, as a disk can be.
+  ASSERT_TRUE(Eventually([&] { return stores_.database->writer().Execute("PRAGMA max_page_count=1").ok(); }));
+  grpc::Status status;
+  std::string big(500'000, '#');
+  ASSERT_TRUE(Eventually([&] {
+    v1::SubmitJobResponse response;
+    status = Submit(SubmitRequest(JobYaml(1, absl::StrCat("name: ", std::string(100, 'n'), "\n", big, "\n"))), &response);
+    return !status.ok();
+  }));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(status.error_message(), HasSubstr("database"));
+  EXPECT_TRUE(Eventually([&] { return failures_ == 1; }));
+}
+
+}  // namespace
+}  // namespace simpo

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# `make parity`: compares the trainer with live TRL and transformers, and the committed goldens with freshly made ones.
+# Needs the Python side (deploy/install-deps.sh --with parity, 6 GB), which it installs when it is missing, and the
+# built worker: SIMPO_BIN_DIR names its folder (build/bin).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+deps=${SIMPO_DEPS:-${XDG_CACHE_HOME:-$HOME/.cache}/simpo-deps}
+worker=${SIMPO_BIN_DIR:-build/bin}/simpo-worker
+[ -x "$worker" ] || { echo "parity: $worker is not there; run 'make build' first, or set SIMPO_BIN_DIR" >&2; exit 1; }
+deploy/install-deps.sh --with parity
+python=$deps/parity-venv/bin/python
+
+start=$SECONDS failed=() closing=()
+# Runs one part; its last line is its figures.
+run() {
+  local output
+  output=$(mktemp)
+  "$python" -W ignore "$@" | tee "$output" || failed+=("$(basename "$1")")
+  closing+=("$(tail -n 1 "$output")")
+  rm "$output"
+}
+
+# Another version of anything would compare with something else than what the goldens say.
+run tests/parity/check_versions.py tests/parity/requirements.txt
+run tests/parity/make_goldens.py --check
+run tests/parity/make_text_goldens.py --check
+run tests/parity/compare_trl.py --worker "$worker"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "parity: FAILED in ${failed[*]} (see above)" >&2
+  exit 1
+fi
+printf 'parity: %s\n' "${closing[@]}"
+echo "parity: all equal, in $((SECONDS - start)) s"

@@ -1,0 +1,102 @@
+#include "simpoctl/client.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <vector>
+
+#include "simpoctl/exit_codes.h"
+#include "tests/simpoctl/fake_service.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+TEST(Client, SubmitIsAskedAgainWithTheSameRequestId) {
+  FakeService service;
+  std::vector<std::string> seen;
+  service.on_submit = [&](const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
+    seen.push_back(request.request_id());
+    if (seen.size() < 3) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "restarting");
+    response->mutable_job()->set_id("abc");
+    return grpc::Status::OK;
+  };
+  Client client(service.address(), "simpoctl");
+  v1::SubmitJobRequest request;
+  request.set_request_id("only-one");
+  const absl::StatusOr<v1::SubmitJobResponse> response = client.Submit(request);
+  ASSERT_TRUE(response.ok()) << response.status();
+  EXPECT_EQ(response->job().id(), "abc");
+  EXPECT_THAT(seen, ElementsAre("only-one", "only-one", "only-one"));
+}
+
+TEST(Client, ARefusalIsNotAskedAgain) {
+  FakeService service;
+  int calls = 0;
+  service.on_submit = [&](const v1::SubmitJobRequest&, v1::SubmitJobResponse*) {
+    ++calls;
+    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "a.yaml:1: beta: wrong\na.yaml:2: seed: wrong");
+  };
+  const absl::Status status = Client(service.address(), "simpoctl").Submit({}).status();
+  EXPECT_EQ(status.message(), "a.yaml:1: beta: wrong\na.yaml:2: seed: wrong");
+  EXPECT_EQ(ExitCodeOf(status), kExitUsage);
+  EXPECT_EQ(calls, 1);
+}
+
+TEST(Client, NobodyThereIsOneMessageWithTheRemedy) {
+  std::string address;
+  {
+    const FakeService gone;
+    address = gone.address();
+  }
+  const absl::Status status = Client(address, "simpoctl").GetJob("x").status();
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("cannot reach the coordinator at " + address + " (Connection refused)"),
+                    HasSubstr("simpo-coordinator --data-dir"), HasSubstr("SIMPO_ADDRESS")));
+  EXPECT_EQ(ExitCodeOf(status), kExitError);
+}
+
+TEST(Client, AnOlderServerIsNamed) {
+  FakeService service;
+  service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse*) {
+    return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "");
+  };
+  EXPECT_THAT(std::string(Client(service.address(), "simpoctl").GetJob("x").status().message()),
+              HasSubstr("simpoctl version"));
+}
+
+TEST(CoordinatorAddress, FlagThenVariableThenDefault) {
+  unsetenv("SIMPO_ADDRESS");
+  EXPECT_EQ(*CoordinatorAddress(""), "127.0.0.1:7077");
+  setenv("SIMPO_ADDRESS", "host:1", 1);
+  EXPECT_EQ(*CoordinatorAddress(""), "host:1");
+  EXPECT_EQ(*CoordinatorAddress("[::1]:2"), "[::1]:2");
+  setenv("SIMPO_ADDRESS", "host", 1);
+  EXPECT_THAT(std::string(CoordinatorAddress("").status().message()), HasSubstr("SIMPO_ADDRESS is 'host'"));
+  unsetenv("SIMPO_ADDRESS");
+  for (const char* wrong : {"host", ":1", "host:", "host:0", "host:65536", "host:x"}) {
+    EXPECT_EQ(ExitCodeOf(CoordinatorAddress(wrong).status()), kExitUsage) << wrong;
+  }
+}
+
+TEST(ExitCodes, OfErrorsAndStates) {
+  EXPECT_EQ(ExitCodeOf(absl::OkStatus()), 0);
+  EXPECT_EQ(ExitCodeOf(absl::NotFoundError("")), 102);
+  EXPECT_EQ(ExitCodeOf(absl::PermissionDeniedError("")), 4);
+  EXPECT_EQ(ExitCodeOf(absl::UnauthenticatedError("")), 4);
+  EXPECT_EQ(ExitCodeOf(absl::UnavailableError("")), 1);
+  EXPECT_EQ(ExitCodeOf(v1::JOB_STATE_SUCCEEDED), 0);
+  EXPECT_EQ(ExitCodeOf(v1::JOB_STATE_FAILED), 100);
+  EXPECT_EQ(ExitCodeOf(v1::JOB_STATE_RUNNING), 101);
+  EXPECT_EQ(ExitCodeOf(v1::JOB_STATE_CANCELLED), 103);
+  for (const char* code : {"  0  ", "  1  ", "  2  ", "  4  ", "100  ", "101  ", "102  ", "103  "}) {
+    EXPECT_THAT(ExitCodesHelp(), HasSubstr(code));
+  }
+}
+
+}  // namespace
+}  // namespace simpo

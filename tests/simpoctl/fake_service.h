@@ -1,0 +1,58 @@
+#ifndef SIMPO_TESTS_SIMPOCTL_FAKE_SERVICE_H_
+#define SIMPO_TESTS_SIMPOCTL_FAKE_SERVICE_H_
+
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "simpo/v1/training_service.grpc.pb.h"
+
+namespace simpo {
+
+// A coordinator that answers as a test says, on a free port of this machine.
+class FakeService final : public v1::TrainingService::Service {
+ public:
+  FakeService() {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+    EXPECT_NE(port, 0);
+    address_ = "127.0.0.1:" + std::to_string(port);
+  }
+  ~FakeService() override { server_->Shutdown(std::chrono::system_clock::now()); }
+
+  const std::string& address() const { return address_; }
+
+  std::function<grpc::Status(const v1::SubmitJobRequest&, v1::SubmitJobResponse*)> on_submit;
+  std::function<grpc::Status(const v1::GetJobRequest&, v1::GetJobResponse*)> on_get;
+  std::function<grpc::Status(grpc::ServerContext*, const v1::WatchJobRequest&,
+                             grpc::ServerWriter<v1::WatchJobResponse>*)>
+      on_watch;
+
+ private:
+  grpc::Status SubmitJob(grpc::ServerContext*, const v1::SubmitJobRequest* request,
+                         v1::SubmitJobResponse* response) override {
+    return on_submit(*request, response);
+  }
+  grpc::Status GetJob(grpc::ServerContext*, const v1::GetJobRequest* request, v1::GetJobResponse* response) override {
+    return on_get(*request, response);
+  }
+  grpc::Status WatchJob(grpc::ServerContext* context, const v1::WatchJobRequest* request,
+                        grpc::ServerWriter<v1::WatchJobResponse>* writer) override {
+    return on_watch(context, *request, writer);
+  }
+
+  std::unique_ptr<grpc::Server> server_;
+  std::string address_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_TESTS_SIMPOCTL_FAKE_SERVICE_H_

@@ -1,0 +1,146 @@
+// The program itself, where it needs no coordinator.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <fstream>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace simpo {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::MatchesRegex;
+using ::testing::Not;
+using ::testing::StartsWith;
+
+struct Outcome {
+  int code = -1;
+  std::string out;
+  std::string err;
+};
+
+std::string FileText(const std::string& path) {
+  std::ifstream file(path);
+  return std::string(std::istreambuf_iterator<char>(file), {});
+}
+
+// Runs `simpoctl <arguments>`; nobody listens at its default address. `arguments` are of the shell.
+Outcome Simpoctl(const std::string& arguments) {
+  const std::string err_path = absl::StrCat(::testing::TempDir(), "/simpoctl_stderr_", getpid());
+  const std::string command =
+      absl::StrCat("SIMPO_ADDRESS=127.0.0.1:1 ", SIMPOCTL_PROGRAM, " ", arguments, " 2>", err_path, " </dev/null");
+  Outcome outcome;
+  FILE* pipe = popen(command.c_str(), "r");
+  char buffer[4096];
+  for (size_t got; (got = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) outcome.out.append(buffer, got);
+  const int status = pclose(pipe);
+  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  outcome.err = FileText(err_path);
+  std::remove(err_path.c_str());
+  return outcome;
+}
+
+std::string DryRun(const char* file) { return absl::StrCat("submit --dry-run ", SIMPOCTL_TESTDATA, "/", file, " "); }
+
+TEST(Program, RecipesPassADryRun) {
+  for (const char* file : {"paper-recipe.yaml", "short-recipe.yaml", "trl-cpo.yaml"}) {
+    const Outcome outcome = Simpoctl(DryRun(file));
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(outcome.out, absl::StrCat(SIMPOCTL_TESTDATA, "/", file, ": a valid job\n"));
+    EXPECT_THAT(outcome.err, HasSubstr("no coordinator answered at 127.0.0.1:1; the file was checked here only"));
+  }
+}
+
+TEST(Program, DryRunShowsTheWholeJob) {
+  const std::string paper = Simpoctl(DryRun("paper-recipe.yaml") + "-o yaml --set beta=2.5").out;
+  for (const char* line : {"\nbeta: 2.5\n", "\nglobal_batch_size: 32\n", "\ntorch_dtype: \"bfloat16\"\n",
+                           "\nlearning_rate: 3e-07\n", "\neval_strategy: \"steps\"\n", "\nmax_prompt_length: 512\n"}) {
+    EXPECT_THAT(paper, HasSubstr(line));
+  }
+  const std::string cpo = Simpoctl(DryRun("trl-cpo.yaml") + "-o json").out;
+  EXPECT_THAT(cpo, AllOf(HasSubstr("\"valid\": true"), HasSubstr("gamma_beta_ratio: 0.5\\n"),
+                         HasSubstr("\"simpo_gamma 1.25 with beta 2.5 is gamma_beta_ratio 0.5\"")));
+}
+
+TEST(Program, DryRunTellsEveryMistakeWithItsLine) {
+  const Outcome outcome = Simpoctl(DryRun("wrong.yaml"));
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_THAT(outcome.out, IsEmpty());
+  for (const char* part : {"wrong.yaml:3: dataset_mixer.owner/data: ",
+                           "wrong.yaml:4: learing_rate: unknown key; did you "
+                           "mean learning_rate?",
+                           "wrong.yaml:5: beta: must be > 0", "wrong.yaml:6: loss_type: ", "wrong.yaml:7: max_length: ",
+                           "wrong.yaml:8: fp16: ", "wrong.yaml:9: optim: "}) {
+    EXPECT_THAT(outcome.err, HasSubstr(part));
+  }
+  // Without --dry-run a bad file is refused just so, also when no coordinator answers.
+  const Outcome submitted = Simpoctl(absl::StrCat("submit ", SIMPOCTL_TESTDATA, "/wrong.yaml"));
+  EXPECT_EQ(submitted.code, 2);
+  EXPECT_EQ(submitted.err, outcome.err);
+}
+
+TEST(Program, BadUsage) {
+  for (const char* arguments :
+       {"", "frobnicate", "submit", "get", "submit /no/such/file.yaml", "list --limit 0", "logs x --rank -2",
+        "metrics x -o xml", "submit a.yaml --wait --follow", "--address nonsense list", "list --state sleeping",
+        "completion fish", "help nothing", "wait x --timeout -1"}) {
+    const Outcome outcome = Simpoctl(arguments);
+    EXPECT_EQ(outcome.code, 2) << arguments << "\n" << outcome.err;
+    EXPECT_THAT(outcome.err, StartsWith("simpoctl: ")) << arguments;
+    EXPECT_THAT(outcome.out, IsEmpty()) << arguments;
+  }
+}
+
+TEST(Program, NoCoordinatorIsOneLine) {
+  for (const char* arguments :
+       {"list", "get x", "describe x", "watch x", "wait x", "logs x", "logs x -f", "metrics x", "cancel x"}) {
+    const Outcome outcome = Simpoctl(arguments);
+    EXPECT_EQ(outcome.code, 1) << arguments;
+    EXPECT_THAT(outcome.err, MatchesRegex("simpoctl: cannot reach the coordinator at 127.0.0.1:1 [^\n]*"
+                                          "simpo-coordinator --data-dir [^\n]*\n"))
+        << arguments;
+    EXPECT_THAT(outcome.out, IsEmpty()) << arguments;
+  }
+}
+
+TEST(Program, Help) {
+  for (const char* arguments : {"--help", "help", "submit --help", "help submit", "help job-file", "help exit-codes"}) {
+    const Outcome outcome = Simpoctl(arguments);
+    EXPECT_EQ(outcome.code, 0) << arguments;
+    EXPECT_THAT(outcome.out, Not(IsEmpty())) << arguments;
+    EXPECT_THAT(outcome.err, IsEmpty()) << arguments;
+  }
+  EXPECT_THAT(Simpoctl("help job-file").out, HasSubstr("gamma_beta_ratio: number, >= 0 (default 0.5)"));
+  EXPECT_EQ(Simpoctl("version").code, 0);
+  EXPECT_EQ(Simpoctl("--version").out, "simpoctl " SIMPO_VERSION "\n");
+}
+
+// What bash offers for a command line that ends with the word to complete.
+std::string BashCompletion(const std::string& words) {
+  const std::string script =
+      absl::StrCat("'source <(", SIMPOCTL_PROGRAM, " completion bash); COMP_WORDS=(simpoctl ", words,
+                   "); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _simpoctl; printf \"%s\\n\" \"${COMPREPLY[@]}\"'");
+  FILE* pipe = popen(absl::StrCat("bash -c ", script).c_str(), "r");
+  std::string out;
+  char buffer[4096];
+  for (size_t got; (got = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) out.append(buffer, got);
+  EXPECT_EQ(pclose(pipe), 0);
+  return out;
+}
+
+TEST(Program, CompletionOffersCommandsAndOptions) {
+  EXPECT_EQ(BashCompletion("sub"), "submit\n");
+  EXPECT_EQ(BashCompletion("submit --dr"), "--dry-run\n");
+  EXPECT_EQ(BashCompletion("--address h:1 logs --foll"), "--follow\n");
+  EXPECT_EQ(BashCompletion("help j"), "job-file\n");
+  EXPECT_THAT(Simpoctl("completion zsh").out, AllOf(StartsWith("#compdef simpoctl\n"), HasSubstr("--dry-run")));
+}
+
+}  // namespace
+}  // namespace simpo
