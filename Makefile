@@ -23,7 +23,7 @@ build: deps
 
 # The build comes first, so that tests never wait for a compiler.
 test: build
-	@ctest --test-dir build --output-on-failure --no-tests=error $(TEST_ARGS)
+	@ctest --test-dir build -j $(JOBS) --output-on-failure --no-tests=error $(TEST_ARGS)
 
 quickstart: build
 	@deploy/quickstart/run.sh

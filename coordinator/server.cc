@@ -92,7 +92,7 @@ class ServerImpl final : public Server {
     SIMPO_RETURN_IF_ERROR(StartHttp());
     SIMPO_RETURN_IF_ERROR(StartGrpc());
     launcher_.emplace(MpirunLauncher::Options{.attempts_dir = fs::path(options_.data_dir) / "attempts",
-                                              .supervisor = fs::read_symlink("/proc/self/exe").string(),
+                                              .supervisor = options_.program,
                                               .worker = options_.worker,
                                               .mpirun = options_.mpirun,
                                               .coordinator_address = grpc_address_});

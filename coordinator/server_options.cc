@@ -149,10 +149,11 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
       return absl::InvalidArgumentError(absl::StrCat(FlagOf(key), " must be 0 to 1e9"));
     }
   }
-  if (options->worker.empty()) {
+  if (options->program.empty()) {
     SIMPO_ASSIGN_OR_RETURN(const fs::path program, ThisProgram());
-    options->worker = (program.parent_path() / "simpo-worker").string();
+    options->program = program.string();
   }
+  if (options->worker.empty()) options->worker = (fs::path(options->program).parent_path() / "simpo-worker").string();
   options->worker = fs::absolute(options->worker).string();
   if (!IsProgram(options->worker)) {
     return absl::NotFoundError(

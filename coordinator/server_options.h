@@ -28,6 +28,8 @@ struct ServerOptions {
   double restart_pause_s = 1;           // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
   double keep_ended_minutes = 10;       // how long an ended job stays on the metrics page
+  // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
+  std::string program;
 };
 
 // Adds the flags to a command line; their values land in `options` when it is parsed.

@@ -155,11 +155,13 @@ absl::Status MakeOutputDir(const TrainOptions& options, bool* made) {
   const fs::path& dir = options.output_dir;
   std::error_code error;
   if (!ResumesInPlace(options)) {
-    for (const char* name : {"metrics.jsonl", "eval_metrics.jsonl", "checkpoints", "final"}) fs::remove_all(dir / name, error);
+    for (const char* name : {"metrics.jsonl", "eval_metrics.jsonl", "checkpoints", "final"}) {
+      fs::remove_all(dir / name, error);
+    }
   }
   *made = fs::create_directories(dir, error);
-  if (error) return absl::PermissionDeniedError(absl::StrCat("cannot make output_dir ", dir.string(), ": ", error.message()));
-  return absl::OkStatus();
+  if (!error) return absl::OkStatus();
+  return absl::PermissionDeniedError(absl::StrCat("cannot make output_dir ", dir.string(), ": ", error.message()));
 }
 
 // Every weight is there, whole, and of the shape that config.json says.

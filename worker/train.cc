@@ -192,7 +192,8 @@ absl::Status Run::Resume() {
     last_evaluation_ = static_cast<int64_t>(it->second);
   }
   // Another run's checkpoint is not this run's to remove.
-  const bool own = std::filesystem::absolute(*from).lexically_normal().parent_path() == checkpoints_dir().lexically_normal();
+  const std::filesystem::path folder = std::filesystem::absolute(*from).lexically_normal().parent_path();
+  const bool own = folder == checkpoints_dir().lexically_normal();
   if (own && state.extra.contains("recovery")) recovery_checkpoint_ = *from;
   if (state.global_batch_size != global_batch_size_) {
     Event("resumed", absl::StrFormat("the global batch size stays %d, as the run began, not %d",

@@ -30,6 +30,7 @@ class ServerTest : public ::testing::Test {
     options.slots = 1;
     options.worker = dir_ / "false";
     options.mpirun = dir_ / "false";
+    options.program = SIMPO_COORDINATOR_BINARY;
     return options;
   }
   absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options) {

@@ -18,7 +18,8 @@ def text_rows(count, seed=0, words=4):
         rows.append({
             "prompt": f"{i}: {prompt}?",
             "chosen": " " + " ".join(_word(generator, "abcdefghijklm", 4) for _ in range(size)),
-            "rejected": " " + " ".join(_word(generator, "nopqrstuvwxyz", 4) for _ in range(generator.randint(1, 2 * words))),
+            "rejected": " " + " ".join(_word(generator, "nopqrstuvwxyz", 4)
+                                       for _ in range(generator.randint(1, 2 * words))),
         })
     return rows
 

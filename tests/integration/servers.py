@@ -191,7 +191,8 @@ class Prometheus:
 
     def query(self, promql):
         """The result of an instant query, a list of series."""
-        status, text = http_get(f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": promql}))
+        parameters = urllib.parse.urlencode({"query": promql})
+        status, text = http_get(f"http://127.0.0.1:{self.port}/api/v1/query?{parameters}")
         reply = json.loads(text)
         assert status == 200 and reply["status"] == "success", text
         return reply["data"]["result"]

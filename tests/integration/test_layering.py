@@ -89,7 +89,8 @@ def test_the_commands_that_contributing_names_exist():
     targets = set(re.findall(r"make ([a-z]+)", text)) - {"it"}
     assert {"build", "test"} <= targets
     for target in sorted(targets):
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True,
+                              env={"PATH": os.environ["PATH"]})
         assert done.returncode == 0, f"make {target}: {done.stderr}"
     presets = (ROOT / "CMakePresets.json").read_text()
     for preset in re.findall(r"--preset (\w[\w-]*)", text):

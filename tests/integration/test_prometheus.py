@@ -48,7 +48,8 @@ def test_what_prometheus_stores_is_the_run(workspace, prometheus):
     job_id = coordinator.submit(job)
     coordinator.wait_state(job_id, "SUCCEEDED")
     own = f'job="{job_id}"'
-    programs.wait_for("a scrape after the end", lambda: server.query(f'simpo_job_state{{{own},state="SUCCEEDED"}} == 1'))
+    programs.wait_for("a scrape after the end",
+                      lambda: server.query(f'simpo_job_state{{{own},state="SUCCEEDED"}} == 1'))
 
     lines = {line["step"]: line for line in workspace.metrics()}
     steps = {time: int(step) for time, step in samples(server, f"simpo_job_step{{{own}}}").items()}

@@ -13,12 +13,12 @@ from test_service_jobs import assert_nothing_runs, make_slow
 from test_worker_resume import final_weights
 from test_worker_training import values_of
 
-STEPS = 30
+STEPS = 20
 
 
 def fault_job(workspace, name, **changes):
     """A run of STEPS steps on two ranks that takes some seconds."""
-    values = dict(max_steps=STEPS, global_batch_size=24, learning_rate=1e-3, save_strategy="steps", save_steps=4)
+    values = dict(max_steps=STEPS, global_batch_size=16, learning_rate=1e-3, save_strategy="steps", save_steps=4)
     values.update(changes)
     return workspace.job(name, **values)
 
@@ -29,7 +29,7 @@ def assert_undisturbed(tmp_path_factory):
     same weights, bit for bit."""
     quiet = conftest.Workspace(tmp_path_factory.mktemp("undisturbed"))
     make_slow(quiet)
-    quiet.run_worker(quiet.job(max_steps=STEPS, global_batch_size=24, learning_rate=1e-3), 2).expect(0)
+    quiet.run_worker(quiet.job(max_steps=STEPS, global_batch_size=16, learning_rate=1e-3), 2).expect(0)
     expected = [values_of(line) for line in quiet.metrics()]
     weights = final_weights(quiet, "job")
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
@@ -53,17 +53,17 @@ def victim_pid(coordinator, victim):
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "mpirun", "supervisor"])
-def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(workspace, coordinators, assert_undisturbed, victim):
+def test_a_killed_process_costs_the_steps_since_the_checkpoint(workspace, coordinators, assert_undisturbed, victim):
     coordinator = coordinators.start()
     make_slow(workspace)
     job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 10)
+    coordinator.wait_step(job_id, 7)
     os.kill(victim_pid(coordinator, victim), signal.SIGKILL)
     job = coordinator.wait_state(job_id, "SUCCEEDED")
     assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
     first, second = job["attempts"]
     assert first["reason"] and first["exit_code"] != 0
-    assert second["exit_code"] == 0 and second["first_step"] >= 8, "it did not go on from the last checkpoint"
+    assert second["exit_code"] == 0 and second["first_step"] >= 4, "it did not go on from the last checkpoint"
     assert_undisturbed(coordinator, workspace, job_id, "job")
     assert {point["attempt"] for point in coordinator.metrics(job_id)} == {1, 2}
     # Both attempts' logs are kept.
@@ -77,7 +77,8 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(work
 def test_rolling_recovery_checkpoints_are_enough(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
     make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None, recovery_minutes=0.01))
+    changes = {"save_strategy": "end", "save_steps": None, "recovery_minutes": 0.01}
+    job_id = coordinator.submit(fault_job(workspace, "job", **changes))
     coordinator.wait_for(job_id, "a recovery checkpoint", lambda job: job["progress"]["checkpoint_step"] >= 3)
     os.kill(programs.rank_pids(coordinator.data_dir)[1], signal.SIGKILL)
     job = coordinator.wait_state(job_id, "SUCCEEDED")
@@ -118,7 +119,8 @@ def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, ass
         assert coordinator.stop(getattr(signal, end)) == 0, coordinator.log.read_text()
     at_death = steps_written(workspace, "job")
     # The run does not notice: it goes on by several steps while nobody listens.
-    programs.wait_for("steps without a coordinator", lambda: steps_written(workspace, "job") >= min(at_death + 5, STEPS))
+    programs.wait_for("steps without a coordinator",
+                      lambda: steps_written(workspace, "job") >= min(at_death + 5, STEPS))
     successor = coordinators.start()
     assert successor.grpc != coordinator.grpc
     if at_death + 5 < STEPS - 5:
@@ -186,4 +188,20 @@ def test_a_cancel_in_the_outage_of_a_crash_is_not_needed_twice(workspace, coordi
     coordinator.kill()
     successor = coordinators.start()
     assert successor.ctl("wait", job_id).code == 103, successor.story(job_id)
+    assert_nothing_runs(successor)
+
+
+def test_a_rank_that_dies_in_the_outage_is_replaced(workspace, coordinators, assert_undisturbed):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 5)
+    coordinator.kill()
+    os.kill(programs.rank_pids(coordinator.data_dir)[1], signal.SIGKILL)
+    programs.wait_for("the end of the gang", lambda: not programs.attempt_pids(coordinator.data_dir))
+    successor = coordinators.start()
+    job = successor.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"]) == (2, 1), successor.story(job_id)
+    assert job["attempts"][1]["first_step"] >= 4, successor.story(job_id)
+    assert_undisturbed(successor, workspace, job_id, "job")
     assert_nothing_runs(successor)

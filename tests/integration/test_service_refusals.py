@@ -68,7 +68,8 @@ def test_every_violation_at_once_and_nothing_stored(workspace, coordinators):
                         dataset_mixer={str(workspace.folder / "neither.jsonl"): 1.0},
                         resources={"ranks_per_node": 16, "threads_per_rank": 1})
     result = coordinator.ctl("submit", job).expect(2)
-    for words in (r"model_name_or_path: .*nowhere' does not exist on", r"dataset_mixer: .*neither\.jsonl' does not exist on",
+    for words in (r"model_name_or_path: .*nowhere' does not exist on",
+                  r"dataset_mixer: .*neither\.jsonl' does not exist on",
                   r"resources: 16 ranks .* need 16 slots"):
         assert re.search(words, result.stderr), result
     assert json.loads(coordinator.ctl("list", "-o", "json").expect(0).stdout) == []

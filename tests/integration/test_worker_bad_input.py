@@ -184,15 +184,17 @@ CASES = [
     (row_without_chosen, BAD_INPUT, r"{folder}/train\.jsonl:3: the row has no chosen"),
     (row_of_broken_utf8, BAD_INPUT, r"{folder}/train\.jsonl:5: the text is not UTF-8"),
     (row_of_broken_json, BAD_INPUT, r"{folder}/train\.jsonl:7: not valid JSON"),
-    (three_bad_rows, BAD_INPUT, r"train\.jsonl:2: .*\n.*train\.jsonl:4: chosen must be.*\n.*train\.jsonl:9: the text is not UTF-8"),
+    (three_bad_rows, BAD_INPUT,
+     r"train\.jsonl:2: .*\n.*train\.jsonl:4: chosen must be.*\n.*train\.jsonl:9: .*not UTF-8"),
     (empty_data, BAD_INPUT, r"{folder}/train\.jsonl: no pair is left of 0 rows \(the file is empty\)"),
     (only_useless_rows, BAD_INPUT, r"{folder}/train\.jsonl: no pair is left of 3 rows \(identical responses: 3\)"),
     (template_that_refuses, BAD_INPUT, r"{folder}/train\.jsonl:2: line 1 of the chat template: no narrator here"),
     (template_of_broken_syntax, BAD_INPUT, r"chat template of the job file: line 1 of the chat template: "),
     (missing_tokenizer, BAD_INPUT, r"{folder}/model has no tokenizer\.json; make one"),
     (broken_tokenizer, BAD_INPUT, r"{folder}/model/tokenizer\.json: not a tokenizer: "),
-    (tokenizer_larger_than_the_model, BAD_INPUT, r"token 258, but vocab_size in {folder}/model/config\.json is 100.*tokenizer_name_or_path"),
-    (unknown_family, BAD_INPUT, r"{folder}/model/config\.json: model_type: 'mamba' is not supported; supported are llama"),
+    (tokenizer_larger_than_the_model, BAD_INPUT,
+     r"token 258, but vocab_size in {folder}/model/config\.json is 100.*tokenizer_name_or_path"),
+    (unknown_family, BAD_INPUT, r"{folder}/model/config\.json: model_type: 'mamba' is not supported; .* llama"),
     (broken_config, BAD_INPUT, r"{folder}/model/config\.json"),
     (truncated_weights, BAD_INPUT, r"{folder}/model/model\.safetensors"),
     (missing_weights, BAD_INPUT, r"{folder}/model.*safetensors"),
@@ -250,7 +252,8 @@ def test_a_checkpoint_of_another_shape(workspace):
     other = workspace.folder / "other"
     tiny_model.write_model(other, intermediate_size=48)
     job = workspace.job(model_name_or_path=str(other), resume_from_checkpoint=str(checkpoint))
-    pattern = r"checkpoint {folder}/out-first/checkpoints/step-000001 is of another model: .*gate_proj.*\[48, 32\].*\[64, 32\]"
+    pattern = (r"checkpoint {folder}/out-first/checkpoints/step-000001 is of another model: "
+               r".*gate_proj.*\[48, 32\].*\[64, 32\]")
     assert_one_message(workspace.run_worker(job, 2), BAD_INPUT, pattern, workspace.folder)
     assert not workspace.output().exists()
 
@@ -273,7 +276,8 @@ def test_an_output_folder_of_another_run_is_kept(workspace):
     job = workspace.job(max_steps=2)
     workspace.run_worker(job, 2).expect(0)
     before = {path: path.read_bytes() for path in workspace.output().rglob("*") if path.is_file()}
-    pattern = r"output_dir {folder}/out-job holds an earlier run.*resume_from_checkpoint=true.*overwrite_output_dir=true"
+    pattern = (r"output_dir {folder}/out-job holds an earlier run.*resume_from_checkpoint=true"
+               r".*overwrite_output_dir=true")
     assert_one_message(workspace.run_worker(job, 2), BAD_JOB, pattern, workspace.folder)
     # Even where it may be written over, a run that cannot begin has not touched it.
     replace_row(workspace, 3, b"{}")
@@ -286,7 +290,8 @@ def test_divergence_names_the_step(workspace):
     workspace.make(rows=24)
     job = workspace.job(learning_rate=1e12, lr_scheduler_type="constant", max_grad_norm=0)
     result = workspace.run_worker(job, 2)
-    assert_one_message(result, BAD_INPUT, r"step \d+: loss .*the run has diverged.*Lower learning_rate", workspace.folder)
+    pattern = r"step \d+: loss .*the run has diverged.*Lower learning_rate"
+    assert_one_message(result, BAD_INPUT, pattern, workspace.folder)
     failed = int(re.search(r"step (\d+): loss", result.stderr).group(1))
     assert [line["step"] for line in workspace.metrics()] == list(range(1, failed))
     assert not (workspace.output() / "final").exists()

@@ -42,9 +42,15 @@ def make_long_run(workspace):
 
 def stop_after(workspace, run, name, step):
     """SIGUSR1 to mpirun once `step` is written; returns the run's result."""
-    programs.wait_for(f"step {step} of {name}", lambda: len(workspace.metrics(name)) >= step or run.process.poll() is not None)
+    programs.wait_for(f"step {step} of {name}",
+                      lambda: len(workspace.metrics(name)) >= step or run.process.poll() is not None)
     run.signal(signal.SIGUSR1)
     return run.finish()
+
+
+def ranks_of(run):
+    return [pid for pid in programs.children_of(run.process.pid)
+            if programs.command_of(pid)[:1] == [programs.program("simpo-worker")]]
 
 
 def test_stop_and_resume_is_bit_identical(workspace):
@@ -132,7 +138,8 @@ def test_the_final_model_is_whole_and_trains_again(workspace):
     assert (final / "tokenizer.json").read_bytes() == (workspace.model / "tokenizer.json").read_bytes()
     assert json.loads((final / "config.json").read_text()) == json.loads((workspace.model / "config.json").read_text())
     weights, dtypes = tiny_model.read_safetensors(final / "model.safetensors")
-    assert dtypes == {"F32"} and {name: w.shape for name, w in weights.items()} == {n: w.shape for n, w in before.items()}
+    assert dtypes == {"F32"}
+    assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in before.items()}
     assert all(np.isfinite(w).all() and not np.array_equal(w, before[name]) for name, w in weights.items())
     # Nothing else is lost on the way: the next run begins where this one ended.
     result = workspace.run_worker(workspace.job("second", model_name_or_path=str(final)), 2).expect(0)
@@ -154,11 +161,9 @@ def test_a_stop_before_the_first_step_is_kept(workspace):
     changes = make_long_run(workspace)
     run = workspace.start_worker(workspace.job("early", **changes), 2)
 
-    def ranks():
-        found = [pid for pid in programs.children_of(run.process.pid) if programs.command_of(pid)[:1] == [programs.program("simpo-worker")]]
-        caught = [pid for pid in found if programs.catches(pid, signal.SIGUSR1)]
-        return len(caught) == 2
-    programs.wait_for("both ranks", lambda: ranks() or run.process.poll() is not None)
+    def both_listen():
+        return sum(programs.catches(pid, signal.SIGUSR1) for pid in ranks_of(run)) == 2
+    programs.wait_for("both ranks", lambda: both_listen() or run.process.poll() is not None)
     run.signal(signal.SIGUSR1)
     result = run.finish().expect(STOPPED)
     step = workspace.metrics("early")[-1]["step"]
@@ -171,9 +176,7 @@ def test_a_killed_rank_ends_the_others(workspace):
     run = workspace.start_worker(workspace.job("killed", **changes), 3)
     programs.wait_for("three steps", lambda: len(workspace.metrics("killed")) >= 3 or run.process.poll() is not None)
     started = programs.children_of(run.process.pid)
-    ranks = {pid: programs.command_of(pid) for pid in started}
-    victim = next(pid for pid, command in ranks.items() if command[:1] == [programs.program("simpo-worker")])
-    programs.kill_all([victim])
+    programs.kill_all(ranks_of(run)[:1])
     result = run.finish(60)
     assert result.code not in (0, 2, 3, STOPPED), "a lost rank must not look like an end or a mistake of the user's"
     programs.wait_for("the end of all ranks", lambda: not [pid for pid in started if programs.is_running(pid)])

@@ -127,7 +127,8 @@ def test_messages_and_evaluation(workspace):
 
 def test_a_relative_path_starts_at_the_job_file(workspace):
     workspace.make(rows=8)
-    job = workspace.job(model_name_or_path="./model", dataset_mixer={"train.jsonl": 1.0}, max_steps=1, save_strategy="no")
+    job = workspace.job(model_name_or_path="./model", dataset_mixer={"train.jsonl": 1.0}, max_steps=1,
+                        save_strategy="no")
     workspace.run_worker(job, 1).expect(0)
     assert len(workspace.metrics()) == 1
 
@@ -160,10 +161,11 @@ def test_evaluation_and_checkpoints_by_epoch_and_fewer_lines(workspace):
     data = workspace.folder / "data"
     preference_data.write_jsonl(data / "train.jsonl", preference_data.text_rows(20, seed=1))
     preference_data.write_jsonl(data / "test.jsonl", preference_data.text_rows(5, seed=2))
-    job = workspace.job(dataset_mixer={str(data): 1.0}, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch",
-                        save_total_limit=2, logging_steps=2)
+    job = workspace.job(dataset_mixer={str(data): 1.0}, num_train_epochs=3, eval_strategy="epoch",
+                        save_strategy="epoch", save_total_limit=2, logging_steps=2)
     result = workspace.run_worker(job, 2).expect(0)
     assert [line["step"] for line in workspace.eval_metrics()] == [3, 6, 9]
-    assert sorted(path.name for path in (workspace.output() / "checkpoints").iterdir()) == ["step-000006", "step-000009"]
+    checkpoints = workspace.output() / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000006", "step-000009"]
     assert [line["step"] for line in workspace.metrics()] == list(range(1, 10))
     assert result.metrics() == workspace.metrics()[1::2]

@@ -104,7 +104,7 @@ def build(source, target_dir):
 def golden_test(target_dir):
     """The golden tests that failed; None when the program did not come to its end."""
     result = run([target_dir / "bin/golden_test"], 600, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if "tests ran." not in result.stdout:
+    if "test suites ran." not in result.stdout:
         print(result.stdout[-4000:], file=sys.stderr)
         return None
     return sorted(
@@ -118,7 +118,9 @@ def golden_test(target_dir):
 
 def patched(text, name, old, new):
     if text.count(old) != 1:
-        sys.exit(f"mutants: '{name}' fits {text.count(old)} places instead of one: {old}; adapt tests/parity/mutants.py")
+        sys.exit(
+            f"mutants: '{name}' fits {text.count(old)} places instead of one: {old}; adapt tests/parity/mutants.py"
+        )
     return text.replace(old, new)
 
 

@@ -29,7 +29,8 @@ absl::Status AgreeOn(const absl::Status& mine, Collectives& comm, std::string_vi
   auto* codes = codes_W.data_ptr<int64_t>();
   codes[comm.rank()] = static_cast<int64_t>(mine.code());
   comm.AllReduce(codes_W);
-  const auto first = static_cast<int>(std::find_if(codes, codes + comm.world_size(), [](int64_t code) { return code != 0; }) - codes);
+  const auto failed = [](int64_t code) { return code != 0; };
+  const auto first = static_cast<int>(std::find_if(codes, codes + comm.world_size(), failed) - codes);
   if (first == comm.world_size()) return absl::OkStatus();
   const std::string reason = BroadcastText(std::string(mine.message()), first, comm);
   if (!mine.ok()) return mine;
