@@ -68,21 +68,18 @@ absl::Status WriteSupervisor(const AttemptFiles& files, const ProcessIdentity& i
 
 absl::StatusOr<ProcessIdentity> ReadSupervisor(const AttemptFiles& files) {
   return ReadJson<ProcessIdentity>(files.Supervisor(), [](const nlohmann::json& json) {
-    return ProcessIdentity{
-        .pid = json.at("pid"), .start_time = json.at("start_time"), .boot_id = json.at("boot_id")};
+    return ProcessIdentity{.pid = json.at("pid"), .start_time = json.at("start_time"), .boot_id = json.at("boot_id")};
   });
 }
 
 absl::Status WriteExit(const AttemptFiles& files, const AttemptExit& exit) {
-  const nlohmann::json json = {
-      {"exit_code", exit.exit_code}, {"phase", exit.phase}, {"time_ms", exit.time_ms}};
+  const nlohmann::json json = {{"exit_code", exit.exit_code}, {"phase", exit.phase}, {"time_ms", exit.time_ms}};
   return WriteFileAtomically(files.Exit(), json.dump() + "\n");
 }
 
 absl::StatusOr<AttemptExit> ReadExit(const AttemptFiles& files) {
   return ReadJson<AttemptExit>(files.Exit(), [](const nlohmann::json& json) {
-    return AttemptExit{
-        .exit_code = json.at("exit_code"), .phase = json.at("phase"), .time_ms = json.at("time_ms")};
+    return AttemptExit{.exit_code = json.at("exit_code"), .phase = json.at("phase"), .time_ms = json.at("time_ms")};
   });
 }
 

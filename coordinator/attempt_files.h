@@ -17,14 +17,14 @@ namespace simpo {
 struct AttemptFiles {
   std::filesystem::path dir;
 
-  std::filesystem::path Spec() const { return dir / "attempt.json"; }       // AttemptSpec
-  std::filesystem::path Job() const { return dir / "job.yaml"; }            // the job, every default filled in
-  std::filesystem::path Secret() const { return dir / "secret"; }           // 0600; the ranks' right to report
+  std::filesystem::path Spec() const { return dir / "attempt.json"; }            // AttemptSpec
+  std::filesystem::path Job() const { return dir / "job.yaml"; }                 // the job, every default filled in
+  std::filesystem::path Secret() const { return dir / "secret"; }                // 0600; the ranks' right to report
   std::filesystem::path Address() const { return dir / "coordinator_address"; }  // of the coordinator now
-  std::filesystem::path Lock() const { return dir / "lock"; }               // held by the supervisor
-  std::filesystem::path Supervisor() const { return dir / "supervisor.json"; }  // ProcessIdentity
-  std::filesystem::path Gang() const { return dir / "gang_started"; }       // exists once mpirun runs
-  std::filesystem::path Exit() const { return dir / "exit.json"; }          // AttemptExit; the last to be written
+  std::filesystem::path Lock() const { return dir / "lock"; }                    // held by the supervisor
+  std::filesystem::path Supervisor() const { return dir / "supervisor.json"; }   // ProcessIdentity
+  std::filesystem::path Gang() const { return dir / "gang_started"; }            // exists once mpirun runs
+  std::filesystem::path Exit() const { return dir / "exit.json"; }               // AttemptExit; the last to be written
 };
 
 // What the supervisor is to start.
@@ -34,7 +34,7 @@ struct AttemptSpec {
   int ranks = 1;
   int threads_per_rank = 1;
   bool resume_latest = false;
-  std::string worker;       // programs
+  std::string worker;  // programs
   std::string mpirun;
   std::string log_dir;      // absolute
   std::string output_dir;   // absolute
@@ -43,9 +43,9 @@ struct AttemptSpec {
 
 // How an attempt ended.
 struct AttemptExit {
-  int exit_code = 0;      // 128 + n after signal n
-  std::string phase;      // prepare, train
-  int64_t time_ms = 0;    // Unix time
+  int exit_code = 0;    // 128 + n after signal n
+  std::string phase;    // prepare, train
+  int64_t time_ms = 0;  // Unix time
 };
 
 absl::Status WriteAttemptSpec(const AttemptFiles& files, const AttemptSpec& spec);

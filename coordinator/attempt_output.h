@@ -18,8 +18,8 @@ std::string LastWords(const std::filesystem::path& log_dir);
 
 // The points of metrics.jsonl or eval_metrics.jsonl with a greater step than `after_step`, in order.
 // Lines that are not whole are left out; a missing file has no points.
-std::vector<v1::MetricPoint> ReadMetricsFile(const std::filesystem::path& path, const std::string& split,
-                                             int attempt, int64_t after_step);
+std::vector<v1::MetricPoint> ReadMetricsFile(const std::filesystem::path& path, const std::string& split, int attempt,
+                                             int64_t after_step);
 
 }  // namespace simpo
 

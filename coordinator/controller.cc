@@ -7,9 +7,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kTick{200};
 
-absl::Status Stopping() {
-  return absl::UnavailableError("the coordinator is stopping; ask again when it is back");
-}
+absl::Status Stopping() { return absl::UnavailableError("the coordinator is stopping; ask again when it is back"); }
 
 }  // namespace
 
@@ -84,10 +82,8 @@ bool Controller::Work(std::deque<Event> events, bool tick) {
 }
 
 void Controller::Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done) {
-  Post({.apply =
-            [this, submission = std::move(submission), request_id = std::move(request_id), done](Moment now) {
-              dispatcher_.Submit(submission, request_id, now, done);
-            },
+  Post({.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
+                  done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 

@@ -56,8 +56,8 @@ absl::Status Migrate(Sqlite& db, const std::filesystem::path& path) {
   if (version == kSchemaVersion) return absl::OkStatus();
   if (version > kSchemaVersion) {
     return absl::FailedPreconditionError(
-        absl::StrCat(path.string(), " was written by a newer simpo-coordinator (schema ", version,
-                     "; this one knows ", kSchemaVersion, "); install that version or choose another --data-dir"));
+        absl::StrCat(path.string(), " was written by a newer simpo-coordinator (schema ", version, "; this one knows ",
+                     kSchemaVersion, "); install that version or choose another --data-dir"));
   }
   return db.Execute(absl::StrCat("BEGIN IMMEDIATE;", kSchema, "PRAGMA user_version=", kSchemaVersion, ";COMMIT;"));
 }

@@ -40,8 +40,8 @@ absl::StatusOr<std::string> NewJobId() {
 JobConfig ConfigOf(const v1::Job& job) {
   ParsedJob parsed = ParseJobYaml(job.config_yaml(), {.file_name = "job.yaml", .base_dir = job.output_dir()});
   if (!parsed.violations.empty()) {
-    LOG_WARNING(absl::StrCat("job ", job.id(), ": its stored file is no longer valid: ",
-                             FormatViolations(parsed.violations, "job.yaml")));
+    LOG_WARNING(absl::StrCat(
+        "job ", job.id(), ": its stored file is no longer valid: ", FormatViolations(parsed.violations, "job.yaml")));
   }
   return std::move(parsed.config);
 }
@@ -196,9 +196,9 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   if (const auto earlier = by_request_id_.find(request_id); !request_id.empty() && earlier != by_request_id_.end()) {
     JobRecord& record = *earlier->second;
     if (record.request_digest != submission.request_digest) {
-      return done(WithReason(absl::AlreadyExistsError(absl::StrCat(
-                                 "request_id '", request_id, "' was used for another request, which became job ",
-                                 record.job.id(), "; use a new request_id")),
+      return done(WithReason(absl::AlreadyExistsError(absl::StrCat("request_id '", request_id,
+                                                                   "' was used for another request, which became job ",
+                                                                   record.job.id(), "; use a new request_id")),
                              "REQUEST_ID_REUSED"));
     }
     acknowledgements_.push_back([&record, done = std::move(done)](const absl::Status& status) {
@@ -240,14 +240,13 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   record.config = std::move(config);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
-  acknowledgements_.push_back(
-      [&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
-        if (!status.ok()) return done(status);
-        v1::SubmitJobResponse response;
-        *response.mutable_job() = record.job;
-        response.mutable_notes()->Add(notes.begin(), notes.end());
-        done(std::move(response));
-      });
+  acknowledgements_.push_back([&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    v1::SubmitJobResponse response;
+    *response.mutable_job() = record.job;
+    response.mutable_notes()->Add(notes.begin(), notes.end());
+    done(std::move(response));
+  });
 }
 
 void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) {

@@ -39,13 +39,13 @@ class Dispatcher {
  public:
   struct Options {
     int slots_total = 1;
-    std::filesystem::path outputs_dir;                   // absolute; of jobs without an absolute output_dir
+    std::filesystem::path outputs_dir;  // absolute; of jobs without an absolute output_dir
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
     std::chrono::milliseconds first_pause{1'000};         // before the second attempt; doubles with each further one
     std::chrono::milliseconds longest_pause{60'000};
-    std::chrono::milliseconds stop_grace{120'000};        // from the command to stop to SIGTERM
-    std::chrono::milliseconds term_grace{15'000};         // from SIGTERM to SIGKILL
+    std::chrono::milliseconds stop_grace{120'000};  // from the command to stop to SIGTERM
+    std::chrono::milliseconds term_grace{15'000};   // from SIGTERM to SIGKILL
   };
   struct Stats {
     Histogram commit_seconds;

@@ -91,7 +91,8 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
     if (!status.ok()) LOG_ERROR(absl::StrCat("job ", job.id(), ": ", std::string(status.message())));
   }
   for (const char* split : {"train", "eval"}) {
-    const absl::StatusOr<std::optional<v1::StepReport>> last = metrics_.LastReport(record.sequence, split, job.attempt());
+    const absl::StatusOr<std::optional<v1::StepReport>> last =
+        metrics_.LastReport(record.sequence, split, job.attempt());
     if (!last.ok()) return Write(last.status());
     if (*last) (*split == 't' ? gang.last_step : gang.last_eval_step) = (*last)->point().step();
   }
@@ -112,9 +113,9 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
   JobRecord* record = nullptr;
   Gang* gang = GangOf({hello.job_id(), hello.attempt(), hello.rank()}, &record);
   if (gang == nullptr || hello.world_size() != static_cast<int>(gang->ranks.size())) {
-    return channel->Close(absl::FailedPreconditionError(absl::StrCat(
-        "job ", hello.job_id(), " has no rank ", hello.rank(), " of ", hello.world_size(), " in an attempt ",
-        hello.attempt(), " that runs")));
+    return channel->Close(absl::FailedPreconditionError(
+        absl::StrCat("job ", hello.job_id(), " has no rank ", hello.rank(), " of ", hello.world_size(),
+                     " in an attempt ", hello.attempt(), " that runs")));
   }
   Rank& rank = gang->ranks[hello.rank()];
   if (rank.channel) rank.channel->Close(absl::AbortedError("another stream of this rank took its place"));
@@ -129,19 +130,19 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
     Write(jobs_.UpdateJob(record->sequence, record->job));
   }
   // What is welcomed as stored must be so.
-  acknowledgements_.push_back([gang_id = RankId{hello.job_id(), hello.attempt(), hello.rank()}, channel,
-                               this](const absl::Status& status) {
-    JobRecord* record = nullptr;
-    Gang* gang = GangOf(gang_id, &record);
-    if (!status.ok() || gang == nullptr) return channel->Close(absl::UnavailableError("the attempt has ended"));
-    v1::AttachResponse response;
-    v1::Welcome& welcome = *response.mutable_welcome();
-    welcome.set_last_stored_step(gang->last_step);
-    welcome.set_last_stored_eval_step(gang->last_eval_step);
-    welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
-    channel->Send(std::move(response));
-    if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
-  });
+  acknowledgements_.push_back(
+      [gang_id = RankId{hello.job_id(), hello.attempt(), hello.rank()}, channel, this](const absl::Status& status) {
+        JobRecord* record = nullptr;
+        Gang* gang = GangOf(gang_id, &record);
+        if (!status.ok() || gang == nullptr) return channel->Close(absl::UnavailableError("the attempt has ended"));
+        v1::AttachResponse response;
+        v1::Welcome& welcome = *response.mutable_welcome();
+        welcome.set_last_stored_step(gang->last_step);
+        welcome.set_last_stored_eval_step(gang->last_eval_step);
+        welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
+        channel->Send(std::move(response));
+        if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
+      });
   if (!were_all && AllAttached(*gang)) {
     Apply(*record, JobTrigger::kRanksAttached, "running",
           absl::StrCat("attempt ", hello.attempt(), " runs on ", hello.world_size(),
@@ -221,17 +222,18 @@ void Dispatcher::TakeReport(JobRecord& record, v1::StepReport report, Moment now
 
 void Dispatcher::AcknowledgeReports(JobRecord& record) {
   if (std::exchange(record.gang->ack_due, true)) return;
-  acknowledgements_.push_back([this, id = RankId{record.job.id(), record.job.attempt(), 0}](const absl::Status& status) {
-    JobRecord* record = nullptr;
-    Gang* gang = GangOf(id, &record);
-    if (!status.ok() || gang == nullptr) return;
-    gang->ack_due = false;
-    if (!gang->ranks[0].channel) return;
-    v1::AttachResponse response;
-    response.mutable_ack()->set_step(gang->last_step);
-    response.mutable_ack()->set_eval_step(gang->last_eval_step);
-    gang->ranks[0].channel->Send(std::move(response));
-  });
+  acknowledgements_.push_back(
+      [this, id = RankId{record.job.id(), record.job.attempt(), 0}](const absl::Status& status) {
+        JobRecord* record = nullptr;
+        Gang* gang = GangOf(id, &record);
+        if (!status.ok() || gang == nullptr) return;
+        gang->ack_due = false;
+        if (!gang->ranks[0].channel) return;
+        v1::AttachResponse response;
+        response.mutable_ack()->set_step(gang->last_step);
+        response.mutable_ack()->set_eval_step(gang->last_eval_step);
+        gang->ranks[0].channel->Send(std::move(response));
+      });
 }
 
 void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now) {
@@ -372,7 +374,8 @@ void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   const int64_t after = std::max(gang.last_step, record.attempts.back().first_step());
   for (const auto& [file, split, after_step] :
        {std::tuple("metrics.jsonl", "train", after),
-        std::tuple("eval_metrics.jsonl", "eval", std::max(gang.last_eval_step, record.attempts.back().first_step() - 1))}) {
+        std::tuple("eval_metrics.jsonl", "eval",
+                   std::max(gang.last_eval_step, record.attempts.back().first_step() - 1))}) {
     for (v1::MetricPoint& point : ReadMetricsFile(output_dir / file, split, attempt, after_step)) {
       v1::StepReport report;
       report.set_steps_planned(record.job.progress().steps_planned());
@@ -389,8 +392,8 @@ void Dispatcher::EndAttempt(JobRecord& record, std::optional<int> exit_code, con
   const bool restarts_left = job.restarts() < job.max_restarts();
   // A gang that was ended for a fault has failed by it, whatever its exit code is; but 0 is 0.
   const bool own_exit = exit_code && (record.gang->fault.empty() || *exit_code == 0);
-  const JobTrigger trigger = own_exit ? TriggerOfExit(*exit_code, restarts_left)
-                                      : TriggerOfExit(/*exit_code=*/1, restarts_left);
+  const JobTrigger trigger =
+      own_exit ? TriggerOfExit(*exit_code, restarts_left) : TriggerOfExit(/*exit_code=*/1, restarts_left);
   const bool cancelling = job.state() == v1::JOB_STATE_CANCELLING;
   const bool done = trigger == JobTrigger::kAttemptSucceeded;
   const std::string why = done ? "done" : cancelling ? job.reason() : DescribeEnd(record, exit_code, lost_reason);

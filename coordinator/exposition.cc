@@ -63,7 +63,8 @@ class Families {
 };
 
 std::string HelpOf(const MetricName& name) {
-  return name.unit.empty() ? std::string(name.help) : absl::StrCat(std::string(name.help), ", in ", std::string(name.unit));
+  return name.unit.empty() ? std::string(name.help)
+                           : absl::StrCat(std::string(name.help), ", in ", std::string(name.unit));
 }
 
 // The values of one step: of training, or (with the prefix of the keys) of an evaluation.
@@ -173,7 +174,8 @@ void AddCoordinator(const ExpositionSnapshot& snapshot, Families* families) {
     families->Durations("simpo_coordinator_rpc_duration_seconds", "Durations of users' calls",
                         {{"method", key.first}, {"code", key.second}}, histogram);
   }
-  families->Gauge("simpo_coordinator_build_info", "Always 1; the program's version", {{"version", snapshot.version}}, 1);
+  families->Gauge("simpo_coordinator_build_info", "Always 1; the program's version", {{"version", snapshot.version}},
+                  1);
 }
 
 }  // namespace

@@ -43,20 +43,20 @@ struct Rank {
 
 // The processes of the current attempt. Only in memory: a new coordinator builds it again.
 struct Gang {
-  bool launched = false;                 // the launcher knows of it; before that there is nothing to look after
+  bool launched = false;  // the launcher knows of it; before that there is nothing to look after
   std::string secret;
   std::vector<Rank> ranks;
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
-  std::optional<SteadyTime> started;     // when mpirun ran, or when this coordinator found it
-  int64_t last_step = 0;                 // of the train split, stored for this attempt; 0: none
-  int64_t last_eval_step = -1;           // -1: none
-  std::string error;                     // what a rank said before it left
-  bool ack_due = false;                  // rank 0 is to hear that its reports are stored
+  std::optional<SteadyTime> started;  // when mpirun ran, or when this coordinator found it
+  int64_t last_step = 0;              // of the train split, stored for this attempt; 0: none
+  int64_t last_eval_step = -1;        // -1: none
+  std::string error;                  // what a rank said before it left
+  bool ack_due = false;               // rank 0 is to hear that its reports are stored
   // Ending it: first asked by command, then terminated, then killed.
-  std::string fault;                     // why this coordinator ends it as faulty; empty: it does not
+  std::string fault;  // why this coordinator ends it as faulty; empty: it does not
   std::optional<SteadyTime> stop_asked;
   std::optional<SteadyTime> terminated;
-  bool termination_heard = false;        // there was a supervisor to hear it
+  bool termination_heard = false;  // there was a supervisor to hear it
   bool killed = false;
 };
 
@@ -68,12 +68,12 @@ struct JobRecord {
   JobConfig config;
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;
-  int64_t not_before_ms = 0;  // end of the pause before the next attempt
-  std::optional<Gang> gang;   // exactly while HoldsGang(job.state())
-  uint64_t version = 1;       // grows with every change that a watcher should hear of
-  bool changed = false;       // since the last picture of it was published
-  std::set<std::string> worker_events;   // what ranks have said; they say it again after an outage
-  double mean_step_seconds = 0;          // over the latest steps, for the estimate of the end
+  int64_t not_before_ms = 0;            // end of the pause before the next attempt
+  std::optional<Gang> gang;             // exactly while HoldsGang(job.state())
+  uint64_t version = 1;                 // grows with every change that a watcher should hear of
+  bool changed = false;                 // since the last picture of it was published
+  std::set<std::string> worker_events;  // what ranks have said; they say it again after an outage
+  double mean_step_seconds = 0;         // over the latest steps, for the estimate of the end
 
   // For the metrics page.
   Histogram step_seconds;

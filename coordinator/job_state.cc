@@ -84,13 +84,9 @@ JobTrigger TriggerOfExit(int exit_code, bool restarts_left) {
   return restarts_left ? JobTrigger::kAttemptFaulted : JobTrigger::kRestartsExhausted;
 }
 
-bool IsFinal(v1::JobState state) {
-  return state == kSucceeded || state == kFailed || state == kCancelled;
-}
+bool IsFinal(v1::JobState state) { return state == kSucceeded || state == kFailed || state == kCancelled; }
 
-bool HoldsGang(v1::JobState state) {
-  return state == kLaunching || state == kRunning || state == kCancelling;
-}
+bool HoldsGang(v1::JobState state) { return state == kLaunching || state == kRunning || state == kCancelling; }
 
 bool WaitsForSlots(v1::JobState state) { return state == kQueued || state == kRestarting; }
 

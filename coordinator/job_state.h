@@ -25,9 +25,8 @@ inline constexpr std::array kJobTriggers = {
     JobTrigger::kCancelRequested,
 };
 inline constexpr std::array kJobStates = {
-    v1::JOB_STATE_QUEUED,     v1::JOB_STATE_LAUNCHING,  v1::JOB_STATE_RUNNING,
-    v1::JOB_STATE_RESTARTING, v1::JOB_STATE_CANCELLING, v1::JOB_STATE_SUCCEEDED,
-    v1::JOB_STATE_FAILED,     v1::JOB_STATE_CANCELLED,
+    v1::JOB_STATE_QUEUED,     v1::JOB_STATE_LAUNCHING, v1::JOB_STATE_RUNNING, v1::JOB_STATE_RESTARTING,
+    v1::JOB_STATE_CANCELLING, v1::JOB_STATE_SUCCEEDED, v1::JOB_STATE_FAILED,  v1::JOB_STATE_CANCELLED,
 };
 
 // What the controller does once the new state is on disk.

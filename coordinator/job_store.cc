@@ -46,21 +46,21 @@ absl::StatusOr<std::unique_ptr<JobStore>> JobStore::Open(Database& database) {
                                 "INSERT INTO jobs (sequence, id, request_id, request_digest, state, job, "
                                 "config_yaml) VALUES (?, ?, ?, ?, ?, ?, ?)",
                                 &store->insert_job_));
+  SIMPO_RETURN_IF_ERROR(prepare(writer, "UPDATE jobs SET state = ?, job = ? WHERE sequence = ?", &store->update_job_));
   SIMPO_RETURN_IF_ERROR(
-      prepare(writer, "UPDATE jobs SET state = ?, job = ? WHERE sequence = ?", &store->update_job_));
-  SIMPO_RETURN_IF_ERROR(prepare(writer, "INSERT OR REPLACE INTO attempts (job, number, attempt) VALUES (?, ?, ?)",
-                                &store->put_attempt_));
-  SIMPO_RETURN_IF_ERROR(prepare(writer, "INSERT INTO events (job, sequence, last_point, event) VALUES (?, ?, ?, ?)",
-                                &store->add_event_));
+      prepare(writer, "INSERT OR REPLACE INTO attempts (job, number, attempt) VALUES (?, ?, ?)", &store->put_attempt_));
+  SIMPO_RETURN_IF_ERROR(
+      prepare(writer, "INSERT INTO events (job, sequence, last_point, event) VALUES (?, ?, ?, ?)", &store->add_event_));
   Sqlite& reader = database.reader();
   SIMPO_RETURN_IF_ERROR(
       prepare(reader, "SELECT attempt FROM attempts WHERE job = ? ORDER BY number", &store->load_attempts_));
-  SIMPO_RETURN_IF_ERROR(prepare(
-      reader, "SELECT event FROM events WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?", &store->events_after_));
-  SIMPO_RETURN_IF_ERROR(prepare(
-      reader, "SELECT event FROM events WHERE job = ? ORDER BY sequence DESC LIMIT ?", &store->last_events_));
-  SIMPO_RETURN_IF_ERROR(prepare(
-      reader, "SELECT last_point FROM events WHERE job = ? AND sequence = ?", &store->last_point_));
+  SIMPO_RETURN_IF_ERROR(prepare(reader,
+                                "SELECT event FROM events WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+                                &store->events_after_));
+  SIMPO_RETURN_IF_ERROR(
+      prepare(reader, "SELECT event FROM events WHERE job = ? ORDER BY sequence DESC LIMIT ?", &store->last_events_));
+  SIMPO_RETURN_IF_ERROR(
+      prepare(reader, "SELECT last_point FROM events WHERE job = ? AND sequence = ?", &store->last_point_));
   return store;
 }
 

@@ -26,8 +26,8 @@ struct LogCursor {
 std::optional<LogCursor> ParseCursor(const std::string& text) {
   const std::vector<std::string> parts = absl::StrSplit(text, ':');
   LogCursor cursor;
-  const bool numbers = parts.size() == 2 && absl::SimpleAtoi(parts[0], &cursor.attempt) &&
-                       absl::SimpleAtoi(parts[1], &cursor.offset);
+  const bool numbers =
+      parts.size() == 2 && absl::SimpleAtoi(parts[0], &cursor.attempt) && absl::SimpleAtoi(parts[1], &cursor.offset);
   if (!numbers || cursor.attempt < 1 || cursor.offset < 0) return std::nullopt;
   return cursor;
 }
@@ -68,8 +68,8 @@ absl::Status WatchStream::Fill(const JobView& view, v1::WatchJobResponse* respon
 absl::Status LogStream::Check(const v1::StreamLogsRequest& request, const JobView& view) {
   const int attempts = static_cast<int>(view.attempts.size());
   if (request.attempt() < 0 || request.attempt() > attempts) {
-    return absl::InvalidArgumentError(absl::StrCat("job ", view.job.id(), " has no attempt ", request.attempt(),
-                                                   "; it has had ", attempts));
+    return absl::InvalidArgumentError(
+        absl::StrCat("job ", view.job.id(), " has no attempt ", request.attempt(), "; it has had ", attempts));
   }
   if (request.rank() < -1 || request.rank() >= view.job.ranks()) {
     return absl::InvalidArgumentError(absl::StrCat("job ", view.job.id(), " has no rank ", request.rank(),

@@ -19,7 +19,11 @@ class WatchStream final : public FedStream<v1::WatchJobResponse> {
  public:
   WatchStream(StreamPump& pump, const JobViews& views, JobStore& jobs, MetricStore& metrics, std::string job_id,
               int64_t after_sequence)
-      : FedStream(pump), views_(views), jobs_(jobs), metrics_(metrics), job_id_(std::move(job_id)),
+      : FedStream(pump),
+        views_(views),
+        jobs_(jobs),
+        metrics_(metrics),
+        job_id_(std::move(job_id)),
         last_event_(after_sequence) {}
 
  private:

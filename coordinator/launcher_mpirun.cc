@@ -44,9 +44,8 @@ AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const
 
 absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangRequest& request) const {
   SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
-  SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read |
-                                                     fs::perms::group_exec | fs::perms::others_read |
-                                                     fs::perms::others_exec));
+  SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read | fs::perms::group_exec |
+                                                     fs::perms::others_read | fs::perms::others_exec));
   if (!fs::exists(files.Secret())) {
     SIMPO_ASSIGN_OR_RETURN(const std::string secret, NewSecret());
     SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Secret(), secret + "\n", 0600));
@@ -72,9 +71,9 @@ absl::Status MpirunLauncher::Start(const GangRequest& request) {
   // the lock, a second one finds it taken and leaves.
   if (fs::exists(files.Supervisor()) || FileLock::IsHeld(files.Lock())) return absl::OkStatus();
   SIMPO_RETURN_IF_ERROR(WriteFiles(files, request));
-  SIMPO_ASSIGN_OR_RETURN(
-      const pid_t pid, SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
-                                         request.log_dir / kLauncherLog));
+  SIMPO_ASSIGN_OR_RETURN(const pid_t pid,
+                         SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
+                                           request.log_dir / kLauncherLog));
   children_[{request.job_id, request.attempt}] = pid;
   return absl::OkStatus();
 }

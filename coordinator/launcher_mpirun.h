@@ -19,7 +19,7 @@ class MpirunLauncher final : public Launcher {
     std::string supervisor;              // this program; started as `<supervisor> supervise ...`
     std::string worker;
     std::string mpirun = "mpirun";
-    std::string coordinator_address;     // HOST:PORT
+    std::string coordinator_address;  // HOST:PORT
   };
   explicit MpirunLauncher(Options options) : options_(std::move(options)) {}
 

@@ -64,10 +64,9 @@ absl::Status CheckCanListen(const ListenAddress& address, const std::string& fla
   const int error = errno;
   close(socket_fd);
   if (free) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat(
-      "cannot listen on ", address.ToString(), ": ", std::strerror(error),
-      error == EADDRINUSE ? " (is another simpo-coordinator running?)" : "", "; choose another address with ", flag,
-      " (port 0: any free one)"));
+  return absl::UnavailableError(absl::StrCat("cannot listen on ", address.ToString(), ": ", std::strerror(error),
+                                             error == EADDRINUSE ? " (is another simpo-coordinator running?)" : "",
+                                             "; choose another address with ", flag, " (port 0: any free one)"));
 }
 
 }  // namespace simpo

@@ -12,9 +12,9 @@ using SteadyTime = std::chrono::steady_clock::time_point;
 
 // What was heard of one rank.
 struct RankHealth {
-  bool attached = false;   // has said hello to this coordinator, or had to an earlier one
-  bool finished = false;   // has said that it is done
-  SteadyTime last_heard{}; // of the hello, a heartbeat or a report
+  bool attached = false;    // has said hello to this coordinator, or had to an earlier one
+  bool finished = false;    // has said that it is done
+  SteadyTime last_heard{};  // of the hello, a heartbeat or a report
 };
 
 struct LivenessLimits {
@@ -27,8 +27,7 @@ struct LivenessLimits {
 // only silence beyond the limit is. `gang_started`: when mpirun was started; empty while the job is
 // still being prepared. Pure.
 std::optional<std::string> FindHungRank(SteadyTime now, std::optional<SteadyTime> gang_started,
-                                        const std::vector<RankHealth>& ranks,
-                                        const LivenessLimits& limits);
+                                        const std::vector<RankHealth>& ranks, const LivenessLimits& limits);
 
 }  // namespace simpo
 

@@ -44,9 +44,10 @@ int Serve(const ServerOptions& options) {
   std::atomic<bool> failed = false;
   absl::StatusOr<std::unique_ptr<Server>> server =
       Server::Start(options, SIMPO_VERSION, [&failed](const absl::Status& status) {
-        LOG_ERROR(absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
-                               "again when this is mended: ",
-                               std::string(status.message())));
+        LOG_ERROR(
+            absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
+                         "again when this is mended: ",
+                         std::string(status.message())));
         failed = true;
         kill(getpid(), SIGTERM);
       });

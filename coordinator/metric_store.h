@@ -25,8 +25,8 @@ class MetricStore {
   int64_t last_sequence() const { return last_sequence_; }
 
   // Points in step order with a greater step than `after_step`, of each step the latest attempt's.
-  absl::StatusOr<std::vector<v1::MetricPoint>> ListPoints(int64_t job, const std::string& split,
-                                                          int64_t after_step, int limit);
+  absl::StatusOr<std::vector<v1::MetricPoint>> ListPoints(int64_t job, const std::string& split, int64_t after_step,
+                                                          int limit);
   // Points in the order in which they came, after `*cursor`, which moves on to the last one.
   absl::StatusOr<std::vector<v1::MetricPoint>> PointsSince(int64_t job, int64_t* cursor, int limit);
   // The newest report of a split, of one attempt or (0) of the latest that has any.
@@ -37,8 +37,8 @@ class MetricStore {
 
   Database& database_;
   int64_t last_sequence_ = 0;
-  SqliteStatement add_;                               // of the writer
-  SqliteStatement list_, since_, last_of_, last_any_; // of the reader
+  SqliteStatement add_;                                // of the writer
+  SqliteStatement list_, since_, last_of_, last_any_;  // of the reader
 };
 
 }  // namespace simpo

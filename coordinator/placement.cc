@@ -7,8 +7,7 @@
 
 namespace simpo {
 
-PlacementDecision DecidePlacement(int64_t now_ms, int slots_total, int slots_taken,
-                                  std::vector<WaitingJob> waiting) {
+PlacementDecision DecidePlacement(int64_t now_ms, int slots_total, int slots_taken, std::vector<WaitingJob> waiting) {
   std::sort(waiting.begin(), waiting.end(), [](const WaitingJob& a, const WaitingJob& b) {
     return std::tuple(-a.priority, a.sequence) < std::tuple(-b.priority, b.sequence);
   });
@@ -18,20 +17,18 @@ PlacementDecision DecidePlacement(int64_t now_ms, int slots_total, int slots_tak
   for (const WaitingJob& job : waiting) {
     if (job.slots > slots_total) {
       decision.reasons[job.id] =
-          absl::StrCat("can never start here: it needs ", job.slots, " slots and this coordinator has ",
-                       slots_total, "; cancel it or restart the coordinator with --slots ", job.slots);
+          absl::StrCat("can never start here: it needs ", job.slots, " slots and this coordinator has ", slots_total,
+                       "; cancel it or restart the coordinator with --slots ", job.slots);
     } else if (job.not_before_ms > now_ms) {
-      decision.reasons[job.id] =
-          absl::StrCat("waiting: the next attempt follows after a pause, in ",
-                       (job.not_before_ms - now_ms + 999) / 1000, " s");
+      decision.reasons[job.id] = absl::StrCat("waiting: the next attempt follows after a pause, in ",
+                                              (job.not_before_ms - now_ms + 999) / 1000, " s");
     } else if (ahead > 0) {
       decision.reasons[job.id] = absl::StrCat("waiting: ", ahead, ahead == 1 ? " job" : " jobs", " ahead, ",
-                                              std::max(free, 0), " of ", slots_total, " slots free, needs ",
-                                              job.slots);
+                                              std::max(free, 0), " of ", slots_total, " slots free, needs ", job.slots);
       ++ahead;
     } else if (job.slots > free) {
-      decision.reasons[job.id] = absl::StrCat("waiting: ", std::max(free, 0), " of ", slots_total,
-                                              " slots free, needs ", job.slots);
+      decision.reasons[job.id] =
+          absl::StrCat("waiting: ", std::max(free, 0), " of ", slots_total, " slots free, needs ", job.slots);
       ++ahead;
     } else {
       free -= job.slots;

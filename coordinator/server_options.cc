@@ -79,7 +79,8 @@ absl::Status CheckAddress(const std::string& flag, const std::string& text, bool
   SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress(flag, text));
   if (address.IsLoopback() || insecure) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(flag, " ", text, " can be reached from other machines, and there are neither passwords nor "
+      absl::StrCat(flag, " ", text,
+                   " can be reached from other machines, and there are neither passwords nor "
                    "encryption yet. Use 127.0.0.1, or add --insecure when the network is yours alone"));
 }
 
@@ -118,10 +119,12 @@ absl::Status ReadServerConfig(const CLI::App& app, const fs::path& file, ServerO
   std::vector<std::string> problems;
   try {
     const YAML::Node root = YAML::Load(text);
-    if (!root.IsMap() && !root.IsNull()) return absl::InvalidArgumentError(file.string() + ": must be `key: value` lines");
+    if (!root.IsMap() && !root.IsNull())
+      return absl::InvalidArgumentError(file.string() + ": must be `key: value` lines");
     for (const auto& entry : root) {
       const std::string problem = TakeKey(app, entry.first.as<std::string>(), entry.second, options);
-      if (!problem.empty()) problems.push_back(absl::StrCat(file.string(), ":", entry.first.Mark().line + 1, ": ", problem));
+      if (!problem.empty())
+        problems.push_back(absl::StrCat(file.string(), ":", entry.first.Mark().line + 1, ": ", problem));
     }
   } catch (const YAML::Exception& error) {
     problems.push_back(absl::StrCat(file.string(), ":", error.mark.line + 1, ": ", error.msg));
@@ -139,8 +142,8 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
   SIMPO_RETURN_IF_ERROR(CheckAddress("--http", options->http, options->insecure));
   constexpr int kMaxSlots = 65536;
   if (options->slots < 0 || options->slots > kMaxSlots) {
-    return absl::InvalidArgumentError(absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots,
-                                                   ", or 0 for all cores"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
   if (options->slots == 0) options->slots = UsableCores();
   for (const Key& key : kKeys) {
@@ -160,8 +163,9 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
         absl::StrCat("the trainer ", options->worker, " is not there; build it, or say where it is with --worker"));
   }
   if (!IsOnPath(options->mpirun)) {
-    return absl::NotFoundError(absl::StrCat("cannot find '", options->mpirun,
-                                            "'; install OpenMPI (deploy/install-deps.sh), or say where it is with --mpirun"));
+    return absl::NotFoundError(
+        absl::StrCat("cannot find '", options->mpirun,
+                     "'; install OpenMPI (deploy/install-deps.sh), or say where it is with --mpirun"));
   }
   return absl::OkStatus();
 }

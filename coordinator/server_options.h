@@ -18,16 +18,16 @@ struct ServerOptions {
   std::string data_dir;
   std::string listen = "127.0.0.1:7077";
   std::string http = "127.0.0.1:7078";
-  int slots = 0;                        // 0: as many as this process may use cores
-  std::string worker;                   // empty: simpo-worker beside this program
+  int slots = 0;       // 0: as many as this process may use cores
+  std::string worker;  // empty: simpo-worker beside this program
   std::string mpirun = "mpirun";
   bool insecure = false;
-  double heartbeat_timeout_s = 30;      // of a rank
-  double attach_timeout_s = 600;        // from mpirun's start to a rank's first word
-  double stop_grace_s = 120;            // for a checkpoint before a cancelled job is ended by force
-  double restart_pause_s = 1;           // before the second attempt; doubles with each further one
+  double heartbeat_timeout_s = 30;  // of a rank
+  double attach_timeout_s = 600;    // from mpirun's start to a rank's first word
+  double stop_grace_s = 120;        // for a checkpoint before a cancelled job is ended by force
+  double restart_pause_s = 1;       // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
-  double keep_ended_minutes = 10;       // how long an ended job stays on the metrics page
+  double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
   // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
   std::string program;
 };

@@ -33,9 +33,7 @@ absl::Status SqliteError(sqlite3* db, int code, const std::string& what) {
 
 }  // namespace
 
-void SqliteStatement::Finalize::operator()(sqlite3_stmt* statement) const {
-  sqlite3_finalize(statement);
-}
+void SqliteStatement::Finalize::operator()(sqlite3_stmt* statement) const { sqlite3_finalize(statement); }
 void Sqlite::Close::operator()(sqlite3* db) const { sqlite3_close_v2(db); }
 
 SqliteStatement& SqliteStatement::Reset() {
@@ -51,14 +49,13 @@ SqliteStatement& SqliteStatement::Bind(int64_t value) {
 }
 
 SqliteStatement& SqliteStatement::Bind(const std::string& text) {
-  bind_error_ |= sqlite3_bind_text64(statement_.get(), next_parameter_++, text.data(), text.size(),
-                                     SQLITE_TRANSIENT, SQLITE_UTF8);
+  bind_error_ |=
+      sqlite3_bind_text64(statement_.get(), next_parameter_++, text.data(), text.size(), SQLITE_TRANSIENT, SQLITE_UTF8);
   return *this;
 }
 
 SqliteStatement& SqliteStatement::BindBlob(const std::string& bytes) {
-  bind_error_ |= sqlite3_bind_blob64(statement_.get(), next_parameter_++, bytes.data(), bytes.size(),
-                                     SQLITE_STATIC);
+  bind_error_ |= sqlite3_bind_blob64(statement_.get(), next_parameter_++, bytes.data(), bytes.size(), SQLITE_STATIC);
   return *this;
 }
 
@@ -83,13 +80,9 @@ absl::StatusOr<bool> SqliteStatement::Step() {
 
 absl::Status SqliteStatement::Run() { return Step().status(); }
 
-bool SqliteStatement::IsNull(int column) const {
-  return sqlite3_column_type(statement_.get(), column) == SQLITE_NULL;
-}
+bool SqliteStatement::IsNull(int column) const { return sqlite3_column_type(statement_.get(), column) == SQLITE_NULL; }
 
-int64_t SqliteStatement::Int(int column) const {
-  return sqlite3_column_int64(statement_.get(), column);
-}
+int64_t SqliteStatement::Int(int column) const { return sqlite3_column_int64(statement_.get(), column); }
 
 std::string SqliteStatement::Text(int column) const {
   const void* bytes = sqlite3_column_blob(statement_.get(), column);
@@ -98,8 +91,8 @@ std::string SqliteStatement::Text(int column) const {
 }
 
 absl::StatusOr<Sqlite> Sqlite::Open(const std::filesystem::path& path, bool read_only) {
-  const int flags = (read_only ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE) |
-                    SQLITE_OPEN_NOMUTEX;
+  const int flags =
+      (read_only ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE) | SQLITE_OPEN_NOMUTEX;
   sqlite3* raw = nullptr;
   const int code = sqlite3_open_v2(path.c_str(), &raw, flags, nullptr);
   Sqlite db;

@@ -56,7 +56,8 @@ void StreamPump::Run() {
     }
     if (over.empty()) continue;
     const std::lock_guard lock(mutex_);
-    std::erase_if(streams_, [&](const auto& stream) { return std::find(over.begin(), over.end(), stream) != over.end(); });
+    std::erase_if(streams_,
+                  [&](const auto& stream) { return std::find(over.begin(), over.end(), stream) != over.end(); });
   }
 }
 

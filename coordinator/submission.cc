@@ -104,10 +104,10 @@ std::string RequestDigest(const v1::SubmitJobRequest& request) {
 Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total) {
   Submission submission;
   CheckRequest(request, &submission.violations);
-  ParsedJob parsed = ParseJobYaml(
-      request.job_yaml(), {.file_name = request.file_name().empty() ? "job.yaml" : request.file_name(),
-                           .base_dir = request.base_dir(),
-                           .overrides = {request.overrides().begin(), request.overrides().end()}});
+  ParsedJob parsed =
+      ParseJobYaml(request.job_yaml(), {.file_name = request.file_name().empty() ? "job.yaml" : request.file_name(),
+                                        .base_dir = request.base_dir(),
+                                        .overrides = {request.overrides().begin(), request.overrides().end()}});
   submission.violations.insert(submission.violations.end(), parsed.violations.begin(), parsed.violations.end());
   submission.config = std::move(parsed.config);
   submission.notes = std::move(parsed.notes);

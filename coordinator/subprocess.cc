@@ -80,8 +80,7 @@ absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, char** envi
   for (const std::string& argument : command) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   pid_t pid = 0;
-  const int error =
-      posix_spawnp(&pid, argv[0], &settings.actions, &settings.attributes, argv.data(), environment);
+  const int error = posix_spawnp(&pid, argv[0], &settings.actions, &settings.attributes, argv.data(), environment);
   if (error != 0) {
     return absl::UnavailableError(absl::StrCat("cannot start ", command[0], ": ", std::strerror(error)));
   }
@@ -110,8 +109,7 @@ absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command,
   posix_spawn_file_actions_addopen(&settings.actions, STDOUT_FILENO, log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
   posix_spawn_file_actions_adddup2(&settings.actions, STDOUT_FILENO, STDERR_FILENO);
   posix_spawn_file_actions_addclosefrom_np(&settings.actions, STDERR_FILENO + 1);
-  posix_spawnattr_setflags(&settings.attributes,
-                           POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+  posix_spawnattr_setflags(&settings.attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
   return Spawn(command, environ, settings);
 }
 
@@ -169,8 +167,6 @@ std::vector<pid_t> ProcessesWithEnvironment(const std::string& name, const std::
   return found;
 }
 
-int ExitCodeOfWaitStatus(int status) {
-  return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-}
+int ExitCodeOfWaitStatus(int status) { return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status); }
 
 }  // namespace simpo

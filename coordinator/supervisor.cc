@@ -127,11 +127,28 @@ std::vector<std::string> PrepareCommand(const AttemptFiles& files, const Attempt
 }
 
 std::vector<std::string> GangCommand(const AttemptFiles& files, const AttemptSpec& spec) {
-  std::vector<std::string> command = {
-      spec.mpirun, "--bind-to", "none", "--oversubscribe", "--allow-run-as-root", "-n", absl::StrCat(spec.ranks),
-      spec.worker, "--job", files.Job().string(), "--coordinator", spec.coordinator,
-      "--coordinator-file", files.Address().string(), "--job-id", spec.job_id,
-      "--attempt", absl::StrCat(spec.attempt), "--log-dir", spec.log_dir, "--output-dir", spec.output_dir};
+  std::vector<std::string> command = {spec.mpirun,
+                                      "--bind-to",
+                                      "none",
+                                      "--oversubscribe",
+                                      "--allow-run-as-root",
+                                      "-n",
+                                      absl::StrCat(spec.ranks),
+                                      spec.worker,
+                                      "--job",
+                                      files.Job().string(),
+                                      "--coordinator",
+                                      spec.coordinator,
+                                      "--coordinator-file",
+                                      files.Address().string(),
+                                      "--job-id",
+                                      spec.job_id,
+                                      "--attempt",
+                                      absl::StrCat(spec.attempt),
+                                      "--log-dir",
+                                      spec.log_dir,
+                                      "--output-dir",
+                                      spec.output_dir};
   if (spec.resume_latest) command.push_back("--resume-latest");
   return command;
 }
@@ -169,8 +186,8 @@ absl::Status Supervise(const AttemptFiles& files) {
   SIMPO_ASSIGN_OR_RETURN(const AttemptSpec spec, ReadAttemptSpec(files));
   SIMPO_RETURN_IF_ERROR(WriteSupervisor(files, *IdentifyProcess(getpid())));
   const AttemptExit exit = RunStages(files, spec);
-  LOG_INFO(absl::StrCat("job ", spec.job_id, ", attempt ", spec.attempt, ": ended in ", exit.phase,
-                        " with exit code ", exit.exit_code));
+  LOG_INFO(absl::StrCat("job ", spec.job_id, ", attempt ", spec.attempt, ": ended in ", exit.phase, " with exit code ",
+                        exit.exit_code));
   return WriteExit(files, exit);
 }
 

@@ -190,8 +190,7 @@ grpc::ServerUnaryReactor* TrainingService::ListJobs(grpc::CallbackServerContext*
   return call.Finish(ListJobsNow(*request, response));
 }
 
-absl::Status TrainingService::ListMetricsNow(const v1::ListMetricsRequest& request,
-                                             v1::ListMetricsResponse* response) {
+absl::Status TrainingService::ListMetricsNow(const v1::ListMetricsRequest& request, v1::ListMetricsResponse* response) {
   SIMPO_RETURN_IF_ERROR(CheckPageSize(request.page_size(), kMaxPoints));
   const int size = request.page_size() == 0 ? kDefaultPoints : request.page_size();
   const std::string split = request.split().empty() ? "train" : request.split();

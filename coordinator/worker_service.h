@@ -18,8 +18,7 @@ class WorkerService final : public v1::WorkerService::CallbackService {
   // Both outlive this object.
   WorkerService(Controller& controller, const JobViews& views) : controller_(controller), views_(views) {}
 
-  grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(
-      grpc::CallbackServerContext* context) override;
+  grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(grpc::CallbackServerContext* context) override;
 
  private:
   Controller& controller_;

@@ -220,8 +220,7 @@ TEST_F(DispatcherTest, BadJobsAndBadDataAreNotRetried) {
     launcher_.End(id, 1, code);
     Pass(milliseconds(200));
     EXPECT_EQ(State(id), "FAILED");
-    EXPECT_EQ(Job(id).reason(),
-              absl::StrCat("data.jsonl:7: the row has no chosen\n  and more (exit code ", code, ")"));
+    EXPECT_EQ(Job(id).reason(), absl::StrCat("data.jsonl:7: the row has no chosen\n  and more (exit code ", code, ")"));
     EXPECT_EQ(Job(id).restarts(), 0);
   }
 }
@@ -413,7 +412,8 @@ TEST_F(DispatcherTest, PausesSurviveARestart) {
 
 TEST_F(DispatcherTest, StrangersAndOldAttemptsAreTurnedAway) {
   const std::string id = Start(JobYaml(2));
-  for (const auto& [attempt, rank, world] : {std::tuple(2, 0, 2), std::tuple(1, 2, 2), std::tuple(1, -1, 2), std::tuple(1, 0, 3)}) {
+  for (const auto& [attempt, rank, world] :
+       {std::tuple(2, 0, 2), std::tuple(1, 2, 2), std::tuple(1, -1, 2), std::tuple(1, 0, 3)}) {
     v1::Hello hello;
     hello.set_job_id(id);
     hello.set_attempt(attempt);

@@ -132,10 +132,10 @@ TEST(ExpositionTest, AJobWithoutAStepHasNoStepValues) {
 TEST(HttpServerTest, Pages) {
   const CoordinatorCollectable source([] { return ExpositionSnapshot{.slots_total = 3, .version = "9"}; });
   std::atomic<bool> healthy = true;
-  const HttpServer::Options options{.host = "127.0.0.1",
-                                    .title = "simpo-coordinator 9",
-                                    .source = &source,
-                                    .healthy = [&] { return healthy.load(); }};
+  const HttpServer::Options options{
+      .host = "127.0.0.1", .title = "simpo-coordinator 9", .source = &source, .healthy = [&] {
+        return healthy.load();
+      }};
   auto server = ValueOf(HttpServer::Start(options));
   httplib::Client client("127.0.0.1", server->port());
   const auto metrics = client.Get("/metrics");

@@ -62,7 +62,8 @@ TEST(AttemptOutputTest, LastWords) {
   EXPECT_EQ(LastWords(dir.path()), "");
   WriteText(dir / "launcher.log", "mpirun noticed that process rank 1 exited on signal 9 (Killed).\n-----\n");
   EXPECT_EQ(LastWords(dir.path()), "process rank 1 exited on signal 9 (Killed).");
-  WriteText(dir / "rank-1.log", "simpo-worker: first\nsimpo-worker: rank 1: bad\n  detail\n2024-01-01T00:00:00.000Z I x\n");
+  WriteText(dir / "rank-1.log",
+            "simpo-worker: first\nsimpo-worker: rank 1: bad\n  detail\n2024-01-01T00:00:00.000Z I x\n");
   EXPECT_EQ(LastWords(dir.path()), "rank 1: bad\n  detail");
 }
 
@@ -128,7 +129,8 @@ TEST_F(ServerOptionsTest, FlagsWinOverTheFile) {
 TEST_F(ServerOptionsTest, EveryMistakeOfTheFileWithItsLine) {
   const absl::Status status = Parse({}, "slots: many\nlissten: 127.0.0.1:1\ninsecure: perhaps\n");
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  for (const char* part : {"coordinator.yaml:1: slots", "coordinator.yaml:2: unknown key 'lissten'", "coordinator.yaml:3: insecure"}) {
+  for (const char* part :
+       {"coordinator.yaml:1: slots", "coordinator.yaml:2: unknown key 'lissten'", "coordinator.yaml:3: insecure"}) {
     EXPECT_THAT(std::string(status.message()), HasSubstr(part));
   }
   EXPECT_FALSE(Parse({}, "slots: [1\n").ok());

@@ -26,7 +26,8 @@ TEST(LivenessTest, ARankThatFallsSilent) {
   const std::vector<RankHealth> ranks = {{.attached = true, .last_heard = kStart + seconds(50)},
                                          {.attached = true, .last_heard = kStart + seconds(20)}};
   EXPECT_FALSE(FindHungRank(kStart + seconds(50), kStart, ranks, kLimits));
-  EXPECT_THAT(*FindHungRank(kStart + seconds(51), kStart, ranks, kLimits), HasSubstr("rank 1 has been silent for 31 s"));
+  EXPECT_THAT(*FindHungRank(kStart + seconds(51), kStart, ranks, kLimits),
+              HasSubstr("rank 1 has been silent for 31 s"));
 }
 
 TEST(LivenessTest, AFinishedRankMayBeSilentButTheGangMustEnd) {

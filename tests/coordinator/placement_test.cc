@@ -28,10 +28,11 @@ TEST(PlacementTest, AllSlotsOrNoneAndNobodyPasses) {
 }
 
 TEST(PlacementTest, PausesAndImpossibleJobsArePassed) {
-  const PlacementDecision decision = DecidePlacement(1000, 2, 0,
-                                                     {{.id = "never", .sequence = 1, .slots = 3},
-                                                      {.id = "paused", .sequence = 2, .slots = 2, .not_before_ms = 2500},
-                                                      {.id = "next", .sequence = 3, .slots = 2}});
+  const PlacementDecision decision =
+      DecidePlacement(1000, 2, 0,
+                      {{.id = "never", .sequence = 1, .slots = 3},
+                       {.id = "paused", .sequence = 2, .slots = 2, .not_before_ms = 2500},
+                       {.id = "next", .sequence = 3, .slots = 2}});
   EXPECT_THAT(decision.start, ElementsAre("next"));
   EXPECT_THAT(decision.reasons.at("never"), HasSubstr("can never start here"));
   EXPECT_THAT(decision.reasons.at("paused"), HasSubstr("in 2 s"));
@@ -41,7 +42,8 @@ TEST(PlacementTest, EveryJobStartsOrHasAReason) {
   for (int taken = 0; taken <= 4; ++taken) {
     std::vector<WaitingJob> waiting;
     for (int i = 0; i < 6; ++i) {
-      waiting.push_back({.id = std::string(1, static_cast<char>('a' + i)), .priority = i % 2, .sequence = i, .slots = 1 + i});
+      waiting.push_back(
+          {.id = std::string(1, static_cast<char>('a' + i)), .priority = i % 2, .sequence = i, .slots = 1 + i});
     }
     const PlacementDecision decision = DecidePlacement(0, 4, taken, waiting);
     EXPECT_EQ(decision.start.size() + decision.reasons.size(), waiting.size());

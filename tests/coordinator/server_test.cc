@@ -37,8 +37,7 @@ class ServerTest : public ::testing::Test {
     return Server::Start(options, "1.2.3", [](const absl::Status& status) { ADD_FAILURE() << status; });
   }
   static std::unique_ptr<v1::TrainingService::Stub> Stub(const Server& server) {
-    return v1::TrainingService::NewStub(
-        grpc::CreateChannel(server.grpc_address(), grpc::InsecureChannelCredentials()));
+    return v1::TrainingService::NewStub(grpc::CreateChannel(server.grpc_address(), grpc::InsecureChannelCredentials()));
   }
   // The bytes of grpc.health.v1.HealthCheckResponse for the whole server.
   static std::string CheckHealth(const std::string& address) {
@@ -89,7 +88,8 @@ TEST_F(ServerTest, ServesKeepsItsJobsAndAnswersHealthChecks) {
     const auto server = ValueOf(Start(Options()));
     grpc::ClientContext context;
     v1::SubmitJobResponse response;
-    const grpc::Status status = Stub(*server)->SubmitJob(&context, SubmitRequest(JobYaml(1, "max_restarts: 0\n")), &response);
+    const grpc::Status status =
+        Stub(*server)->SubmitJob(&context, SubmitRequest(JobYaml(1, "max_restarts: 0\n")), &response);
     ASSERT_TRUE(status.ok()) << status.error_message();
     id = response.job().id();
     httplib::Client http("http://" + server->http_address());

@@ -134,7 +134,8 @@ TEST(SecretsEqualTest, ByContent) {
 TEST_F(ServicesTest, OnlyTheAttemptsOwnSecretLetsARankIn) {
   const std::string id = MustSubmit(JobYaml()).id();
   const std::string other = MustSubmit(JobYaml()).id();
-  ASSERT_TRUE(Eventually([&] { return !views_.FindById(id)->secret.empty() && !views_.FindById(other)->secret.empty(); }));
+  ASSERT_TRUE(
+      Eventually([&] { return !views_.FindById(id)->secret.empty() && !views_.FindById(other)->secret.empty(); }));
   for (const std::string& secret : {std::string(), std::string("wrong"), "secret-of-" + other + "/1",
                                     "secret-of-" + id + "/2", "secret-of-" + id}) {
     const grpc::Status status = Attach(id, secret)->Drain();
@@ -488,7 +489,8 @@ TEST_F(ServicesTest, ADatabaseThatCannotBeWrittenStopsTheController) {
   std::string big(500'000, '#');
   ASSERT_TRUE(Eventually([&] {
     v1::SubmitJobResponse response;
-    status = Submit(SubmitRequest(JobYaml(1, absl::StrCat("name: ", std::string(100, 'n'), "\n", big, "\n"))), &response);
+    status =
+        Submit(SubmitRequest(JobYaml(1, absl::StrCat("name: ", std::string(100, 'n'), "\n", big, "\n"))), &response);
     return !status.ok();
   }));
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);

@@ -142,7 +142,11 @@ TEST_F(StoresTest, LatestAttemptWinsAndRepeatsChangeNothing) {
 
 TEST_F(StoresTest, ValuesKeepEveryBit) {
   ASSERT_OK(stores_.jobs->InsertJob(MakeJob(1, "one")));
-  const double values[] = {0.1, 1e-300, -0.0, std::nextafter(1.0, 2.0), std::numeric_limits<double>::infinity(),
+  const double values[] = {0.1,
+                           1e-300,
+                           -0.0,
+                           std::nextafter(1.0, 2.0),
+                           std::numeric_limits<double>::infinity(),
                            std::numeric_limits<double>::quiet_NaN()};
   for (int i = 0; i < 6; ++i) ASSERT_OK(stores_.metrics->AddPoint(1, Report("train", i + 1, 1, values[i])));
   ASSERT_OK(stores_.database->Commit());

@@ -13,7 +13,8 @@ using ::testing::IsEmpty;
 
 std::string AllText(const std::vector<FieldViolation>& violations) {
   std::string text;
-  for (const FieldViolation& violation : violations) absl::StrAppend(&text, violation.field, ": ", violation.description, "\n");
+  for (const FieldViolation& violation : violations)
+    absl::StrAppend(&text, violation.field, ": ", violation.description, "\n");
   return text;
 }
 
@@ -39,8 +40,8 @@ TEST(SubmissionTest, EverythingWrongIsSaidAtOnce) {
   request.set_request_id(std::string(200, 'x'));
   request.set_base_dir("relative");
   const std::string text = AllText(CheckSubmission(request, 4).violations);
-  for (const char* part : {"/no/such/model", "/no/such/data.jsonl", "betta", "learning_rate", "need 9 slots", "request_id",
-                           "base_dir"}) {
+  for (const char* part :
+       {"/no/such/model", "/no/such/data.jsonl", "betta", "learning_rate", "need 9 slots", "request_id", "base_dir"}) {
     EXPECT_THAT(text, HasSubstr(part));
   }
 }

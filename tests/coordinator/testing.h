@@ -30,10 +30,10 @@
 
 namespace simpo {
 
-#define ASSERT_OK(expression)                                   \
-  do {                                                          \
-    const absl::Status status_of_assert = (expression);         \
-    ASSERT_TRUE(status_of_assert.ok()) << status_of_assert;     \
+#define ASSERT_OK(expression)                               \
+  do {                                                      \
+    const absl::Status status_of_assert = (expression);     \
+    ASSERT_TRUE(status_of_assert.ok()) << status_of_assert; \
   } while (false)
 
 // The value itself: a range-for over `*Function()` would keep a reference into what is gone by then.

@@ -1,6 +1,6 @@
 //! Chat templates as transformers renders them: trim_blocks and lstrip_blocks, Python's string and
 //! dict methods, raise_exception, strftime_now, and tojson without HTML escapes. A template comes from
-//! a stranger's model, so its work and its output are bounded.
+//! a stranger's model, so its instructions and its output are bounded (the memory of one value in it is not).
 
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
