@@ -43,8 +43,9 @@ AdamWOptions AdamWOptions::FromConfig(const JobConfig& config) {
 double GlobalGradNorm(const ShardedParams& params, Collectives& comm) {
   double sum = 0;
   for (const Bucket& bucket : params.buckets()) {
-    const double norm = at::linalg_vector_norm(params.GradShard(bucket), 2, at::OptionalIntArrayRef(), false, at::kDouble)
-                            .item<double>();
+    const double norm =
+        at::linalg_vector_norm(params.GradShard(bucket), 2, at::OptionalIntArrayRef(), false, at::kDouble)
+            .item<double>();
     sum += norm * norm;
   }
   if (params.zero_stage() > 0) {

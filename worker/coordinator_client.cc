@@ -45,8 +45,7 @@ constexpr int kStoppedExitCode = 143;  // stopped on request, after a checkpoint
 // The two splits; their indices in the arrays below.
 enum Split { kTrain = 0, kEval = 1 };
 constexpr std::array<const char*, 2> kSplitNames = {"train", "eval"};
-constexpr std::array<int64_t, 2> kNothing = {0,
-                                             -1};  // as in Welcome: an evaluation may be of step 0
+constexpr std::array<int64_t, 2> kNothing = {0, -1};  // as in Welcome: an evaluation may be of step 0
 using Steps = std::array<int64_t, 2>;
 
 google::protobuf::Timestamp Now() {
@@ -96,8 +95,7 @@ class MetricsTail {
       const std::optional<v1::MetricPoint> point = ParseLine(line);
       if (point && point->step() > last) break;
       offset_ += static_cast<std::streamoff>(line.size()) + 1;
-      if (!point)
-        LOG_WARNING(absl::StrCat(path_.string(), ": a line is not a JSON object with step"));
+      if (!point) LOG_WARNING(absl::StrCat(path_.string(), ": a line is not a JSON object with step"));
       if (point && point->step() > after) points.push_back(*point);
     }
     return points;
@@ -120,8 +118,7 @@ class Client final : public CoordinatorClient {
   ~Client() override { Stop(); }
 
   void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) override;
-  void ReportStep(std::string_view split, int64_t step,
-                  const std::map<std::string, double>& values) override;
+  void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) override;
   void ReportEvent(std::string_view type, std::string_view message, int64_t step) override;
   std::optional<Command> TakeCommand() override;
   void Finish(int exit_code, std::string_view message, int timeout_ms) override;
@@ -202,8 +199,7 @@ void Client::SetPhase(std::string_view phase, int64_t step, int64_t steps_planne
   if (phase_changed_) changed_.notify_all();
 }
 
-void Client::ReportStep(std::string_view split, int64_t step,
-                        const std::map<std::string, double>& values) {
+void Client::ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) {
   const std::lock_guard lock(mutex_);
   const int index = split == kSplitNames[kTrain] ? kTrain : kEval;
   reported_[index] = std::max(reported_[index], step);
@@ -219,8 +215,7 @@ void Client::ReportStep(std::string_view split, int64_t step,
 void Client::PushEvent(v1::WorkerEvent event) {
   if (events_.size() == kMaxEvents) {
     if (!events_.front().sent) {
-      LOG_WARNING(absl::StrCat("too many events wait for the coordinator; dropped: ",
-                               events_.front().event.message()));
+      LOG_WARNING(absl::StrCat("too many events wait for the coordinator; dropped: ", events_.front().event.message()));
     }
     events_.pop_front();
   }
@@ -261,8 +256,8 @@ void Client::Finish(int exit_code, std::string_view message, int timeout_ms) {
     changed_.notify_all();
     const bool all = changed_.wait_for(lock, milliseconds(timeout_ms), [&] { return finished_; });
     if (!all) {
-      LOG_WARNING(absl::StrCat("the coordinator did not acknowledge the last reports within ",
-                               timeout_ms, " ms; they stand in ", options_.metrics_path.string()));
+      LOG_WARNING(absl::StrCat("the coordinator did not acknowledge the last reports within ", timeout_ms,
+                               " ms; they stand in ", options_.metrics_path.string()));
     }
   }
   Stop();
@@ -303,8 +298,8 @@ void Client::Run() {
     away = true;
     if (welcomed) backoff = kFirstBackoff;
     std::uniform_real_distribution<double> jitter(0.5, 1.0);
-    const auto pause = std::chrono::duration<double, std::milli>(
-        static_cast<double>(backoff.count()) * jitter(random_));
+    const auto pause =
+        std::chrono::duration<double, std::milli>(static_cast<double>(backoff.count()) * jitter(random_));
     if (changed_.wait_for(lock, pause, [&] { return stop_; })) return;
     backoff = std::min(backoff * 2, kMaxBackoff);
   }
@@ -317,8 +312,7 @@ bool Client::RunSession(const std::string& address, bool* welcomed, std::string*
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kConnectTimeoutMs);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  session.channel =
-      grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  session.channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
   session.context.AddMetadata("simpo-attempt-secret", options_.secret);
   {
     const std::lock_guard lock(mutex_);
@@ -356,8 +350,7 @@ bool Client::Greet(Session& session) {
   hello.set_hostname(hostname);
   if (!session.stream->Write(request)) return false;
   std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, kWelcomeTimeout,
-                    [&] { return session.welcome || session.closed || stop_; });
+  changed_.wait_for(lock, kWelcomeTimeout, [&] { return session.welcome || session.closed || stop_; });
   if (!session.welcome || stop_) return false;
   LOG_INFO(absl::StrCat("reporting to the coordinator from step ", session.sent[kTrain] + 1));
   return true;
@@ -383,8 +376,7 @@ void Client::Receive(Session& session) {
       TakeAck({response.ack().step(), response.ack().eval_step()});
     } else if (response.has_command() && commands_.size() < kMaxCommands) {
       const v1::CommandKind kind = response.command().kind();
-      LOG_INFO(absl::StrCat("the coordinator says ", v1::CommandKind_Name(kind), ": ",
-                            response.command().reason()));
+      LOG_INFO(absl::StrCat("the coordinator says ", v1::CommandKind_Name(kind), ": ", response.command().reason()));
       if (kind == v1::COMMAND_KIND_CHECKPOINT) commands_.push_back(Command::kCheckpoint);
       if (kind == v1::COMMAND_KIND_STOP) commands_.push_back(Command::kStop);
     }
@@ -413,8 +405,7 @@ bool Client::PointsWait(const Session& session) const {
 }
 
 bool Client::EventsWait() const {
-  return std::any_of(events_.begin(), events_.end(),
-                     [](const Event& event) { return !event.sent; });
+  return std::any_of(events_.begin(), events_.end(), [](const Event& event) { return !event.sent; });
 }
 
 bool Client::AllAcknowledged() const {
@@ -432,8 +423,8 @@ bool Client::SendReports(Session& session) {
       if (stop_ || session.closed) return false;
       if (finishing_ && AllAcknowledged()) return true;
     }
-    const bool sent = SendHeartbeat(session) && SendPoints(session, kTrain) &&
-                      SendPoints(session, kEval) && SendEvents(session);
+    const bool sent =
+        SendHeartbeat(session) && SendPoints(session, kTrain) && SendPoints(session, kEval) && SendEvents(session);
     if (!sent) return false;
   }
 }
@@ -463,8 +454,7 @@ bool Client::SendPoints(Session& session, int split) {
     steps_planned = steps_planned_;
   }
   if (session.sent[split] >= last) return true;
-  std::vector<v1::MetricPoint> points =
-      session.tails[split].Read(session.sent[split], last, kPointsPerRead);
+  std::vector<v1::MetricPoint> points = session.tails[split].Read(session.sent[split], last, kPointsPerRead);
   const bool at_end = points.size() < kPointsPerRead;
   for (v1::MetricPoint& point : points) {
     point.set_attempt(options_.attempt);
@@ -495,8 +485,7 @@ bool Client::SendEvents(Session& session) {
       const std::lock_guard lock(mutex_);
       // Points first: `finished` is the last that a coordinator hears.
       if (PointsWait(session)) return true;
-      const auto next = std::find_if(events_.begin(), events_.end(),
-                                     [](const Event& event) { return !event.sent; });
+      const auto next = std::find_if(events_.begin(), events_.end(), [](const Event& event) { return !event.sent; });
       if (next == events_.end()) return true;
       next->sent = true;
       next->after_step = session.sent[kTrain];

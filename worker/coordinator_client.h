@@ -40,8 +40,7 @@ class CoordinatorClient {
   virtual void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) = 0;
   // One line of metrics.jsonl (split "train") or eval_metrics.jsonl ("eval"), which must be in the
   // file by now: that is where it is sent from. Rank 0 only.
-  virtual void ReportStep(std::string_view split, int64_t step,
-                          const std::map<std::string, double>& values) = 0;
+  virtual void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) = 0;
   // Event types are those of proto WorkerEvent.
   virtual void ReportEvent(std::string_view type, std::string_view message, int64_t step) = 0;
   // The next command that has come, if any.

@@ -4,12 +4,11 @@
 //   simpo-worker prepare --job job.yaml      checks model and data, fills the token cache, trains nothing
 //
 // This file alone turns errors into messages and exit codes.
+#include <ATen/Parallel.h>
 #include <fcntl.h>
 #include <mpi.h>
 #include <signal.h>
 #include <unistd.h>
-
-#include <ATen/Parallel.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -121,7 +120,8 @@ absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions*
   SIMPO_ASSIGN_OR_RETURN(options->model_dir, LocalFolder(config.model_name_or_path, "model_name_or_path"));
   options->tokenizer_dir = options->model_dir;
   if (!config.tokenizer_name_or_path.empty()) {
-    SIMPO_ASSIGN_OR_RETURN(options->tokenizer_dir, LocalFolder(config.tokenizer_name_or_path, "tokenizer_name_or_path"));
+    SIMPO_ASSIGN_OR_RETURN(options->tokenizer_dir,
+                           LocalFolder(config.tokenizer_name_or_path, "tokenizer_name_or_path"));
   }
   SIMPO_ASSIGN_OR_RETURN(options->model, ReadModelConfig(options->model_dir));
   fs::path output = !flags.output_dir.empty() ? flags.output_dir : config.output_dir;
@@ -136,8 +136,8 @@ absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions*
 bool ResumesInPlace(const TrainOptions& options) {
   const std::string& from = options.config.resume_from_checkpoint;
   if (options.resume_latest || from == "true") return true;
-  return !from.empty() && fs::absolute(from).lexically_normal().parent_path() ==
-                              (options.output_dir / "checkpoints").lexically_normal();
+  return !from.empty() &&
+         fs::absolute(from).lexically_normal().parent_path() == (options.output_dir / "checkpoints").lexically_normal();
 }
 
 // A folder that holds another run's results is never written over by accident.
@@ -146,7 +146,8 @@ absl::Status CheckOutputDir(const TrainOptions& options) {
   const bool used = fs::exists(dir / "metrics.jsonl") || fs::exists(dir / "final");
   if (!used || ResumesInPlace(options) || options.config.overwrite_output_dir) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat(
-      "output_dir ", dir.string(), " holds an earlier run. To go on from its last checkpoint add --set "
+      "output_dir ", dir.string(),
+      " holds an earlier run. To go on from its last checkpoint add --set "
       "resume_from_checkpoint=true; to start again add --set overwrite_output_dir=true; or choose another folder."));
 }
 
@@ -196,11 +197,15 @@ absl::Status CheckTokens(const TrainOptions& options) {
 
 int ExitCodeOf(const absl::Status& status) {
   switch (status.code()) {
-    case absl::StatusCode::kOk: return kDone;
+    case absl::StatusCode::kOk:
+      return kDone;
     case absl::StatusCode::kUnavailable:
-    case absl::StatusCode::kResourceExhausted: return kTryAgain;
-    case absl::StatusCode::kFailedPrecondition: return kBadJob;
-    default: return kBadInput;
+    case absl::StatusCode::kResourceExhausted:
+      return kTryAgain;
+    case absl::StatusCode::kFailedPrecondition:
+      return kBadJob;
+    default:
+      return kBadInput;
   }
 }
 
@@ -212,7 +217,8 @@ int Fail(const absl::Status& status, int code) {
 
 absl::StatusOr<PreparedData> Prepare(const JobConfig& config) {
   auto progress = [](int64_t done, int64_t all) {
-    if (EnvRank() == 0 && isatty(STDERR_FILENO)) std::fprintf(stderr, "\rtokenised %ld of %ld rows%s", done, all, done == all ? "\n" : "");
+    if (EnvRank() == 0 && isatty(STDERR_FILENO))
+      std::fprintf(stderr, "\rtokenised %ld of %ld rows%s", done, all, done == all ? "\n" : "");
   };
   return PrepareData(config, CacheDir(), progress);
 }
@@ -372,7 +378,8 @@ int Main(int argc, char** argv) {
   app.add_option("--job-id", flags.job_id, "This job's id at the coordinator");
   app.add_option("--attempt", flags.attempt, "This attempt's number, from 1");
   app.add_flag("--resume-latest", flags.resume_latest, "Go on from the newest checkpoint of the output folder, if any");
-  app.add_option("--dump-tokens", flags.dump_tokens, "Also write the train split's token ids to this file (JSON lines)");
+  app.add_option("--dump-tokens", flags.dump_tokens,
+                 "Also write the train split's token ids to this file (JSON lines)");
   app.set_version_flag("--version", "simpo-worker " SIMPO_VERSION);
   CLI::App* prepare = app.add_subcommand("prepare", "Check model and data and fill the token cache; train nothing");
   prepare->fallthrough();  // --job may stand after the command too

@@ -50,7 +50,8 @@ absl::StatusOr<MetricsLog> MetricsLog::Open(const std::filesystem::path& path, i
   if (file) std::filesystem::rename(partial, path, error);
   log.file_.open(path, std::ios::app);
   if (!file || error || !log.file_) {
-    return absl::UnavailableError(absl::StrCat("cannot write ", path.string(), ": is the disk full, or the folder read-only?"));
+    return absl::UnavailableError(
+        absl::StrCat("cannot write ", path.string(), ": is the disk full, or the folder read-only?"));
   }
   return log;
 }

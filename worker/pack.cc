@@ -33,7 +33,9 @@ PackedBatch Pack(std::span<const TokenizedPair> pairs) {
     const auto begin = static_cast<int64_t>(ids.size());
     const auto chosen_size = static_cast<int64_t>(pair.chosen.size());
     const auto rejected_size = static_cast<int64_t>(pair.rejected.size());
-    const PackedPair place{.begin = begin, .prefix = shared, .chosen_rest = chosen_size - 1 - shared,
+    const PackedPair place{.begin = begin,
+                           .prefix = shared,
+                           .chosen_rest = chosen_size - 1 - shared,
                            .rejected_rest = rejected_size - 1 - shared};
     for (int64_t t = 0; t < chosen_size - 1; ++t) {
       ids.push_back(pair.chosen[t]);

@@ -1,11 +1,11 @@
 #ifndef SIMPO_WORKER_PACK_H_
 #define SIMPO_WORKER_PACK_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <span>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "worker/data/tokenized_dataset.h"
 
@@ -32,14 +32,14 @@ struct ScoredToken {
 // A micro-batch without padding. Shape letters: T input tokens, N rows of the head.
 struct PackedBatch {
   std::vector<PackedPair> pairs;
-  at::Tensor input_ids_T;     // int64
-  at::Tensor positions_T;     // int64; those of the rejected rest start again at the prefix's length
-  at::Tensor head_rows_N;     // int64, strictly increasing: hidden rows whose logits are needed
-  std::vector<ScoredToken> scored;       // in the order of the pairs
-  std::vector<int64_t> pair_head_begin;  // [pairs + 1], rows of each pair in head_rows_N
+  at::Tensor input_ids_T;                  // int64
+  at::Tensor positions_T;                  // int64; those of the rejected rest start again at the prefix's length
+  at::Tensor head_rows_N;                  // int64, strictly increasing: hidden rows whose logits are needed
+  std::vector<ScoredToken> scored;         // in the order of the pairs
+  std::vector<int64_t> pair_head_begin;    // [pairs + 1], rows of each pair in head_rows_N
   std::vector<int64_t> pair_scored_begin;  // [pairs + 1], entries of each pair in `scored`
-  std::vector<int32_t> scored_tokens;    // [2 * pairs], by response
-  int64_t source_tokens = 0;  // tokens that a trainer without sharing would process (no padding)
+  std::vector<int32_t> scored_tokens;      // [2 * pairs], by response
+  int64_t source_tokens = 0;               // tokens that a trainer without sharing would process (no padding)
 
   int64_t num_pairs() const { return static_cast<int64_t>(pairs.size()); }
 };

@@ -22,9 +22,7 @@ struct SplitMix64 {
 BatchSampler::BatchSampler(int64_t num_pairs, int64_t global_batch_size, int64_t seed, bool shuffle)
     : num_pairs_(num_pairs), global_batch_size_(global_batch_size), seed_(seed), shuffle_(shuffle) {}
 
-int64_t BatchSampler::steps_per_epoch() const {
-  return (num_pairs_ + global_batch_size_ - 1) / global_batch_size_;
-}
+int64_t BatchSampler::steps_per_epoch() const { return (num_pairs_ + global_batch_size_ - 1) / global_batch_size_; }
 
 std::vector<int64_t> BatchSampler::Batch(int64_t step) {
   const int64_t epoch = step / steps_per_epoch();

@@ -1,9 +1,9 @@
 #ifndef SIMPO_WORKER_SCORE_RESPONSES_H_
 #define SIMPO_WORKER_SCORE_RESPONSES_H_
 
-#include <cstdint>
-
 #include <ATen/core/Tensor.h>
+
+#include <cstdint>
 
 #include "worker/model/decoder.h"
 #include "worker/pack.h"

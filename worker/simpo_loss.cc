@@ -7,9 +7,7 @@ namespace simpo {
 namespace {
 
 double LogSigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); }
-double Sigmoid(double x) {
-  return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x));
-}
+double Sigmoid(double x) { return x >= 0 ? 1.0 / (1.0 + std::exp(-x)) : std::exp(x) / (1.0 + std::exp(x)); }
 
 }  // namespace
 
@@ -30,8 +28,8 @@ SimpoLoss::PairLoss SimpoLoss::ForPair(double logp_chosen, double logp_rejected)
 }
 
 std::array<double, SimpoStats::kFields> SimpoStats::ToArray() const {
-  return {pairs,         loss,            logps_chosen,  logps_rejected,  accuracy,   logits_chosen,
-          logits_rejected, tokens_chosen, tokens_rejected, nll_chosen, source_tokens, truncated};
+  return {pairs,           loss,          logps_chosen,    logps_rejected, accuracy,      logits_chosen,
+          logits_rejected, tokens_chosen, tokens_rejected, nll_chosen,     source_tokens, truncated};
 }
 
 SimpoStats SimpoStats::FromArray(const std::array<double, kFields>& v) {

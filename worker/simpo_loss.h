@@ -33,8 +33,8 @@ struct SimpoLoss {
 struct SimpoStats {
   double pairs = 0;
   double loss = 0;
-  double logps_chosen = 0, logps_rejected = 0;  // of s
-  double accuracy = 0;                          // pairs with s_chosen > s_rejected
+  double logps_chosen = 0, logps_rejected = 0;    // of s
+  double accuracy = 0;                            // pairs with s_chosen > s_rejected
   double logits_chosen = 0, logits_rejected = 0;  // of the vocabulary's mean logit, over scored tokens
   double tokens_chosen = 0, tokens_rejected = 0;  // scored
   double nll_chosen = 0;                          // -sum of log-probabilities, chosen tokens

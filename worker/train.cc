@@ -80,7 +80,10 @@ struct Agreement {
 class Run {
  public:
   Run(const TrainOptions& options, Collectives& comm)
-      : options_(options), config_(options.config), comm_(comm), loss_(SimpoLoss::FromConfig(options.config)),
+      : options_(options),
+        config_(options.config),
+        comm_(comm),
+        loss_(SimpoLoss::FromConfig(options.config)),
         adamw_(AdamWOptions::FromConfig(options.config)) {}
 
   absl::Status Load();
@@ -155,16 +158,16 @@ absl::Status Run::Load() {
   sampler_.emplace(train_data_->size(), global_batch_size_, config_.seed, config_.shuffle);
   total_steps_ = config_.max_steps > 0
                      ? config_.max_steps
-                     : static_cast<int64_t>(std::ceil(config_.num_train_epochs *
-                                                      static_cast<double>(sampler_->steps_per_epoch())));
+                     : static_cast<int64_t>(
+                           std::ceil(config_.num_train_epochs * static_cast<double>(sampler_->steps_per_epoch())));
   schedule_ = LrSchedule::FromConfig(config_, total_steps_);
   gemm_peak_ = MeasureGemmPeak(dtype);
   SIMPO_RETURN_IF_ERROR(OpenLogs());
   WriteManifest();
-  Event("data_report", absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters",
-                                       train_data_->size(), total_steps_, global_batch_size_, comm_.world_size(),
-                                       dtype == at::kFloat ? "fp32" : "bf16", config_.zero_stage,
-                                       options_.model.NumParameters()));
+  Event("data_report",
+        absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters", train_data_->size(),
+                        total_steps_, global_batch_size_, comm_.world_size(), dtype == at::kFloat ? "fp32" : "bf16",
+                        config_.zero_stage, options_.model.NumParameters()));
   return absl::OkStatus();
 }
 
@@ -251,8 +254,7 @@ void Run::WriteManifest() {
 }
 
 // This rank's share of a global batch as packed micro-batches, and the whole batch's sizes.
-std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, GlobalBatchSize* global,
-                                       int64_t* truncated) {
+std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, GlobalBatchSize* global, int64_t* truncated) {
   std::vector<int64_t> tokens;
   *global = {.pairs = static_cast<double>(batch.size()), .chosen_tokens = 0};
   *truncated = 0;
@@ -287,8 +289,8 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
   for (const PackedBatch& batch : PackMine(sampler_->Batch(step), &global, &truncated)) {
     stats += ForwardBackward(*decoder_, *params_, batch, loss_, global, config_.gradient_checkpointing);
     const double head = static_cast<double>(options_.model.vocab_size * options_.model.hidden_size);
-    const double body = static_cast<double>(options_.model.NumParameters()) -
-                        head * (options_.model.tie_word_embeddings ? 1 : 2);
+    const double body =
+        static_cast<double>(options_.model.NumParameters()) - head * (options_.model.tie_word_embeddings ? 1 : 2);
     flops += 6 * (body * static_cast<double>(batch.input_ids_T.numel()) +
                   head * static_cast<double>(batch.head_rows_N.numel()));
   }
@@ -334,7 +336,8 @@ Agreement Run::Agree() {
     if (!command) break;
     vote[*command == CoordinatorClient::Command::kStop ? 0 : 1] = 1;
   }
-  if (is_root() && config_.recovery_minutes > 0 && Seconds(last_checkpoint_) > config_.recovery_minutes * 60) vote[1] = 1;
+  if (is_root() && config_.recovery_minutes > 0 && Seconds(last_checkpoint_) > config_.recovery_minutes * 60)
+    vote[1] = 1;
   comm_.AllReduce(votes);
   return {.stop = vote[0] > 0, .checkpoint = vote[1] > 0};
 }
@@ -345,8 +348,8 @@ absl::Status Run::RunEvaluation(int64_t steps_done) {
   const auto begin = Clock::now();
   const int64_t max_tokens =
       config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
-  Metrics metrics = Evaluate(*decoder_, *params_, *eval_data_, loss_, max_tokens, config_.per_device_eval_batch_size,
-                             comm_);
+  Metrics metrics =
+      Evaluate(*decoder_, *params_, *eval_data_, loss_, max_tokens, config_.per_device_eval_batch_size, comm_);
   metrics["epoch"] = sampler_->Epoch(steps_done);
   metrics["eval_seconds"] = Seconds(begin);
   last_evaluation_ = steps_done;
@@ -354,7 +357,8 @@ absl::Status Run::RunEvaluation(int64_t steps_done) {
     ThrowIfError(eval_metrics_log_->Write(steps_done, metrics));
     if (options_.coordinator != nullptr) options_.coordinator->ReportStep("eval", steps_done, metrics);
     LOG_INFO(absl::StrFormat("evaluation after step %d: accuracy %.4f, margin %.4f, loss %.4f", steps_done,
-                             metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"], metrics["eval_loss"]));
+                             metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"],
+                             metrics["eval_loss"]));
   }
   Phase("train");
   return absl::OkStatus();
@@ -374,7 +378,8 @@ absl::Status Run::Checkpoint(int64_t steps_done, bool for_recovery) {
   last_checkpoint_ = Clock::now();
   if (is_root()) {
     // The recovery checkpoint rolls; the user's own stay within save_total_limit.
-    if (!recovery_checkpoint_.empty() && recovery_checkpoint_ != path) std::filesystem::remove_all(recovery_checkpoint_);
+    if (!recovery_checkpoint_.empty() && recovery_checkpoint_ != path)
+      std::filesystem::remove_all(recovery_checkpoint_);
     recovery_checkpoint_ = for_recovery ? path : std::filesystem::path();
     if (!for_recovery) {
       ThrowIfError(PruneCheckpoints(checkpoints_dir(), config_.save_total_limit, std::span(&path, 1)));

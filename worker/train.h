@@ -21,7 +21,7 @@ struct TrainOptions {
   std::filesystem::path tokenizer_dir;  // HF folder
   ModelConfig model;
   PreparedData data;
-  bool resume_latest = false;  // go on from the newest checkpoint of output_dir, if there is one
+  bool resume_latest = false;                         // go on from the newest checkpoint of output_dir, if there is one
   const std::atomic<bool>* stop_requested = nullptr;  // set by a signal
   CoordinatorClient* coordinator = nullptr;           // may be null
 };

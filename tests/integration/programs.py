@@ -89,6 +89,13 @@ def supervisor_pids(folder):
             if "supervise" in command_of(pid)[1:3] and any(str(folder) in word for word in command_of(pid))]
 
 
+def scratch_folders(folder):
+    """Where attempts of this coordinator keep shared memory and sockets, as far as it is there."""
+    attempts = [path for path in (pathlib.Path(folder) / "attempts").glob("*/*") if path.is_dir()]
+    names = [f"simpo-{path.parent.name}-{path.name}" for path in attempts]
+    return [path for base in ("/dev/shm", "/tmp") for name in names if (path := pathlib.Path(base, name)).exists()]
+
+
 def kill_all(pids):
     for pid in pids:
         try:

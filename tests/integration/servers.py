@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import urllib.error
@@ -142,6 +143,9 @@ class Coordinators:
                 coordinator.kill()
         # Supervisors first would only be replaced by their orphans: until none is left.
         programs.wait_for("the end of all gangs", lambda: programs.kill_all(self.gang_pids()) or not self.gang_pids())
+        for coordinator in self.started:
+            for scratch in programs.scratch_folders(coordinator.data_dir):
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Prometheus:

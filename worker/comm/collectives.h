@@ -1,11 +1,11 @@
 #ifndef SIMPO_WORKER_COMM_COLLECTIVES_H_
 #define SIMPO_WORKER_COMM_COLLECTIVES_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <memory>
 #include <span>
-
-#include <ATen/core/Tensor.h>
 
 namespace simpo {
 

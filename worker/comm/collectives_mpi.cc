@@ -1,10 +1,9 @@
+#include <c10/util/Exception.h>
 #include <mpi.h>
 
 #include <limits>
 #include <stdexcept>
 #include <string>
-
-#include <c10/util/Exception.h>
 
 #include "worker/comm/collectives.h"
 
@@ -21,10 +20,14 @@ void Check(int code, const char* what) {
 
 MPI_Datatype TypeOf(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return MPI_FLOAT;
-    case at::kDouble: return MPI_DOUBLE;
-    case at::kLong: return MPI_INT64_T;
-    default: throw std::invalid_argument("no MPI reduction for this element type");
+    case at::kFloat:
+      return MPI_FLOAT;
+    case at::kDouble:
+      return MPI_DOUBLE;
+    case at::kLong:
+      return MPI_INT64_T;
+    default:
+      throw std::invalid_argument("no MPI reduction for this element type");
   }
 }
 
@@ -46,8 +49,8 @@ class MpiCollectives final : public Collectives {
     const int64_t element_size = static_cast<int64_t>(tensor.element_size());
     for (int64_t begin = 0; begin < tensor.numel(); begin += kChunk) {
       const int count = static_cast<int>(std::min(kChunk, tensor.numel() - begin));
-      Check(MPI_Allreduce(MPI_IN_PLACE, data + begin * element_size, count, type, MPI_SUM,
-                          MPI_COMM_WORLD), "MPI_Allreduce");
+      Check(MPI_Allreduce(MPI_IN_PLACE, data + begin * element_size, count, type, MPI_SUM, MPI_COMM_WORLD),
+            "MPI_Allreduce");
     }
     bytes_sent_ += 2 * ShareOfOthers(tensor);
   }
@@ -56,8 +59,8 @@ class MpiCollectives final : public Collectives {
     if (world_size_ == 1) return;
     // In place the result lands in slice 0, wherever the rank's own slice is.
     const int64_t slice = SliceNumel(tensor);
-    Check(MPI_Reduce_scatter_block(MPI_IN_PLACE, Data(tensor), Count(slice), TypeOf(tensor),
-                                   MPI_SUM, MPI_COMM_WORLD), "MPI_Reduce_scatter_block");
+    Check(MPI_Reduce_scatter_block(MPI_IN_PLACE, Data(tensor), Count(slice), TypeOf(tensor), MPI_SUM, MPI_COMM_WORLD),
+          "MPI_Reduce_scatter_block");
     if (rank_ != 0) tensor.narrow(0, rank_ * slice, slice).copy_(tensor.narrow(0, 0, slice));
     bytes_sent_ += ShareOfOthers(tensor);
   }
@@ -65,8 +68,8 @@ class MpiCollectives final : public Collectives {
   void AllGather(at::Tensor tensor) override {
     if (world_size_ == 1) return;
     const int64_t bytes = SliceNumel(tensor) * static_cast<int64_t>(tensor.element_size());
-    Check(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, Data(tensor), Count(bytes / 4),
-                        MPI_FLOAT, MPI_COMM_WORLD), "MPI_Allgather");
+    Check(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, Data(tensor), Count(bytes / 4), MPI_FLOAT, MPI_COMM_WORLD),
+          "MPI_Allgather");
     bytes_sent_ += ShareOfOthers(tensor);
   }
 
@@ -121,8 +124,6 @@ class SingleRankCollectives final : public Collectives {
 
 std::unique_ptr<Collectives> MakeMpiCollectives() { return std::make_unique<MpiCollectives>(); }
 
-std::unique_ptr<Collectives> MakeSingleRankCollectives() {
-  return std::make_unique<SingleRankCollectives>();
-}
+std::unique_ptr<Collectives> MakeSingleRankCollectives() { return std::make_unique<SingleRankCollectives>(); }
 
 }  // namespace simpo

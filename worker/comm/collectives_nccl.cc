@@ -23,12 +23,18 @@ void Check(ncclResult_t result, const char* what) {
 
 ncclDataType_t TypeOf(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return ncclFloat32;
-    case at::kBFloat16: return ncclBfloat16;
-    case at::kDouble: return ncclFloat64;
-    case at::kLong: return ncclInt64;
-    case at::kByte: return ncclUint8;
-    default: throw std::invalid_argument("no NCCL type for this element type");
+    case at::kFloat:
+      return ncclFloat32;
+    case at::kBFloat16:
+      return ncclBfloat16;
+    case at::kDouble:
+      return ncclFloat64;
+    case at::kLong:
+      return ncclInt64;
+    case at::kByte:
+      return ncclUint8;
+    default:
+      throw std::invalid_argument("no NCCL type for this element type");
   }
 }
 

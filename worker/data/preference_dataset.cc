@@ -53,7 +53,8 @@ absl::Status FillConversation(const Json& json, PreferenceRow* row) {
     SIMPO_ASSIGN_OR_RETURN(row->prompt_messages, ParseMessages(json["prompt"], "prompt"));
     // Some sets repeat the prompt inside the conversations.
     const size_t shared = row->prompt_messages.size();
-    const bool repeated = CommonPrefix(row->prompt_messages, chosen) == shared && CommonPrefix(row->prompt_messages, rejected) == shared;
+    const bool repeated =
+        CommonPrefix(row->prompt_messages, chosen) == shared && CommonPrefix(row->prompt_messages, rejected) == shared;
     const auto skip = static_cast<int64_t>(repeated ? shared : 0);
     chosen.erase(chosen.begin(), chosen.begin() + skip);
     rejected.erase(rejected.begin(), rejected.begin() + skip);
@@ -83,8 +84,10 @@ absl::Status FillTexts(const Json& json, PreferenceRow* row) {
     return absl::OkStatus();
   }
   size_t shared = 0;
-  while (shared < std::min(row->chosen.size(), row->rejected.size()) && row->chosen[shared] == row->rejected[shared]) ++shared;
-  while (shared > 0 && shared < row->chosen.size() && (static_cast<unsigned char>(row->chosen[shared]) & 0xc0) == 0x80) --shared;
+  while (shared < std::min(row->chosen.size(), row->rejected.size()) && row->chosen[shared] == row->rejected[shared])
+    ++shared;
+  while (shared > 0 && shared < row->chosen.size() && (static_cast<unsigned char>(row->chosen[shared]) & 0xc0) == 0x80)
+    --shared;
   if (shared > 0 && row->chosen[shared - 1] == ' ') --shared;  // the blank belongs to the response
   row->prompt = row->chosen.substr(0, shared);
   row->chosen.erase(0, shared);
@@ -112,7 +115,8 @@ std::string PlainText(std::string text) {
 }  // namespace
 
 absl::StatusOr<PreferenceRow> ParsePreferenceRow(std::string_view text) {
-  if (text.size() > kMaxRowBytes) return Bad(absl::StrCat("the row has ", text.size(), " bytes; at most ", kMaxRowBytes, " are read"));
+  if (text.size() > kMaxRowBytes)
+    return Bad(absl::StrCat("the row has ", text.size(), " bytes; at most ", kMaxRowBytes, " are read"));
   Json json;
   bool too_deep = false;
   try {
@@ -127,12 +131,15 @@ absl::StatusOr<PreferenceRow> ParsePreferenceRow(std::string_view text) {
   if (!json.is_object()) return Bad("a row is a JSON object with chosen and rejected");
   for (const char* key : {"chosen", "rejected"}) {
     if (!json.contains(key) || json[key].is_null()) return Bad(absl::StrCat("the row has no ", key));
-    if (!json[key].is_string() && !IsMessages(json[key])) return Bad(absl::StrCat(key, " must be a string or a list of messages"));
+    if (!json[key].is_string() && !IsMessages(json[key]))
+      return Bad(absl::StrCat(key, " must be a string or a list of messages"));
   }
-  if (json["chosen"].is_string() != json["rejected"].is_string()) return Bad("chosen and rejected must both be strings or both be lists of messages");
+  if (json["chosen"].is_string() != json["rejected"].is_string())
+    return Bad("chosen and rejected must both be strings or both be lists of messages");
   PreferenceRow row;
   SIMPO_RETURN_IF_ERROR(json["chosen"].is_string() ? FillTexts(json, &row) : FillConversation(json, &row));
-  if (json.contains("score_chosen") && json.contains("score_rejected") && json["score_chosen"].is_number() && json["score_rejected"].is_number()) {
+  if (json.contains("score_chosen") && json.contains("score_rejected") && json["score_chosen"].is_number() &&
+      json["score_rejected"].is_number()) {
     row.tie = json["score_chosen"].get<double>() == json["score_rejected"].get<double>();
   }
   return row;
@@ -161,7 +168,8 @@ absl::StatusOr<std::vector<PreferenceRow>> ReadPreferenceFile(const fs::path& pa
     }
   }
   if (bad == 0) return rows;
-  if (bad > static_cast<int64_t>(kListedRows)) problems.push_back(absl::StrCat("... and ", bad - kListedRows, " more bad rows"));
+  if (bad > static_cast<int64_t>(kListedRows))
+    problems.push_back(absl::StrCat("... and ", bad - kListedRows, " more bad rows"));
   return absl::InvalidArgumentError(absl::StrJoin(problems, "\n"));
 }
 
@@ -174,7 +182,8 @@ absl::StatusOr<std::vector<fs::path>> FindSplitFiles(const fs::path& source, con
     for (const fs::path& folder : {source, source / "data"}) {
       for (const auto& item : fs::directory_iterator(folder, error)) {
         const std::string name = item.path().filename().string();
-        const bool named = name.starts_with(split) && (name.size() == split.size() || name[split.size()] == '.' || name[split.size()] == '-');
+        const bool named = name.starts_with(split) &&
+                           (name.size() == split.size() || name[split.size()] == '.' || name[split.size()] == '-');
         if (named && item.is_regular_file()) files.push_back(item.path());
       }
     }
@@ -182,12 +191,15 @@ absl::StatusOr<std::vector<fs::path>> FindSplitFiles(const fs::path& source, con
   } else {
     char host[256] = "";
     gethostname(host, sizeof(host) - 1);
-    return absl::NotFoundError(absl::StrCat("dataset '", source.string(), "' is neither a file nor a folder on ", host,
-                                            ". Give the path of a .jsonl file or of a folder with train.jsonl; data sets are not downloaded."));
+    return absl::NotFoundError(absl::StrCat(
+        "dataset '", source.string(), "' is neither a file nor a folder on ", host,
+        ". Give the path of a .jsonl file or of a folder with train.jsonl; data sets are not downloaded."));
   }
   for (const fs::path& file : files) {
     if (file.extension() != ".jsonl") {
-      return absl::InvalidArgumentError(absl::StrCat(file.string(), ": only JSON Lines (.jsonl) is read; convert it, for example with datasets: ds.to_json(\"train.jsonl\")"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          file.string(),
+          ": only JSON Lines (.jsonl) is read; convert it, for example with datasets: ds.to_json(\"train.jsonl\")"));
     }
   }
   return files;

@@ -16,10 +16,10 @@ namespace simpo {
 struct PreferenceRow {
   std::string where;  // "file:line", for messages
   bool conversational = false;
-  std::string prompt, chosen, rejected;                       // texts
-  std::vector<Message> prompt_messages;                       // conversations: what both share
-  std::vector<Message> chosen_messages, rejected_messages;    // what differs, ending with the assistant
-  bool tie = false;                                           // score_chosen equals score_rejected
+  std::string prompt, chosen, rejected;                     // texts
+  std::vector<Message> prompt_messages;                     // conversations: what both share
+  std::vector<Message> chosen_messages, rejected_messages;  // what differs, ending with the assistant
+  bool tie = false;                                         // score_chosen equals score_rejected
 };
 
 // One JSON object of a row in any of the forms of docs/data.md. INVALID_ARGUMENT says what is wrong,

@@ -59,7 +59,8 @@ absl::StatusOr<Split> FindSplit(const std::vector<std::pair<std::string, double>
     if (!files.empty()) {
       split.push_back({std::move(files), whole ? 1.0 : fraction});
     } else if (is_train) {
-      return absl::NotFoundError(absl::StrCat("dataset '", source, "' has no ", name, ".jsonl; name its training split with dataset_splits"));
+      return absl::NotFoundError(
+          absl::StrCat("dataset '", source, "' has no ", name, ".jsonl; name its training split with dataset_splits"));
     }
   }
   return split;
@@ -81,9 +82,10 @@ absl::StatusOr<std::vector<PreferenceRow>> ReadSplit(const Split& split) {
 }
 
 // Tokenises on several threads; the first failing row in file order is the error.
-absl::StatusOr<std::vector<TokenizedRow>> TokenizeRows(const std::vector<PreferenceRow>& rows, const Tokenizer& tokenizer,
-                                                       const ChatTemplate* chat_template, const TokenizeRules& rules,
-                                                       int threads, const Progress& progress) {
+absl::StatusOr<std::vector<TokenizedRow>> TokenizeRows(const std::vector<PreferenceRow>& rows,
+                                                       const Tokenizer& tokenizer, const ChatTemplate* chat_template,
+                                                       const TokenizeRules& rules, int threads,
+                                                       const Progress& progress) {
   std::vector<TokenizedRow> results(rows.size());
   std::vector<absl::Status> errors(rows.size());
   std::atomic<size_t> next = 0;
@@ -124,7 +126,8 @@ DataReport MakeReport(const std::vector<TokenizedRow>& rows, const std::vector<O
     report.mean_prompt_tokens += pair.chosen_prompt_length;
     report.mean_chosen_tokens += static_cast<double>(pair.chosen.size()) - pair.chosen_prompt_length;
     report.mean_rejected_tokens += static_cast<double>(pair.rejected.size()) - pair.rejected_prompt_length;
-    report.longest_sequence = std::max({report.longest_sequence, static_cast<int64_t>(pair.chosen.size()), static_cast<int64_t>(pair.rejected.size())});
+    report.longest_sequence = std::max({report.longest_sequence, static_cast<int64_t>(pair.chosen.size()),
+                                        static_cast<int64_t>(pair.rejected.size())});
     shared += TokenizedPair{.chosen = pair.chosen, .rejected = pair.rejected}.SharedPrefixLength();
     total += static_cast<double>(pair.chosen.size() + pair.rejected.size());
   }
@@ -137,9 +140,14 @@ DataReport MakeReport(const std::vector<TokenizedRow>& rows, const std::vector<O
 }
 
 Json ReportToJson(const DataReport& r) {
-  return {{"rows", r.rows}, {"pairs", r.pairs}, {"dropped", r.dropped}, {"truncated", r.truncated},
-          {"mean_prompt_tokens", r.mean_prompt_tokens}, {"mean_chosen_tokens", r.mean_chosen_tokens},
-          {"mean_rejected_tokens", r.mean_rejected_tokens}, {"longest_sequence", r.longest_sequence},
+  return {{"rows", r.rows},
+          {"pairs", r.pairs},
+          {"dropped", r.dropped},
+          {"truncated", r.truncated},
+          {"mean_prompt_tokens", r.mean_prompt_tokens},
+          {"mean_chosen_tokens", r.mean_chosen_tokens},
+          {"mean_rejected_tokens", r.mean_rejected_tokens},
+          {"longest_sequence", r.longest_sequence},
           {"shared_prefix_share", r.shared_prefix_share}};
 }
 
@@ -158,8 +166,9 @@ DataReport ReportFromJson(const Json& json) {
 // What a split's tokens depend on.
 absl::StatusOr<std::string> CacheKey(const Split& split, const Tokenizer& tokenizer, const std::string& chat_template,
                                      const TokenizeRules& rules) {
-  std::string text = absl::StrCat(kRulesVersion, "\n", tokenizer.digest(), "\n", Sha256(chat_template), "\n", rules.max_length, " ",
-                                  rules.max_prompt_length, " ", rules.keep_end, " ", rules.drop_ties);
+  std::string text =
+      absl::StrCat(kRulesVersion, "\n", tokenizer.digest(), "\n", Sha256(chat_template), "\n", rules.max_length, " ",
+                   rules.max_prompt_length, " ", rules.keep_end, " ", rules.drop_ties);
   for (const SplitSource& source : split) {
     absl::StrAppend(&text, "\n", absl::StrFormat("%.17g", source.fraction));
     for (const fs::path& file : source.files) {
@@ -200,11 +209,14 @@ absl::StatusOr<fs::path> PrepareSplit(const Split& split, const Rules& rules, co
   std::unique_ptr<ChatTemplate> chat_template;
   if (*conversational) {
     absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(rules.template_text);
-    if (!parsed.ok()) return absl::InvalidArgumentError(absl::StrCat("chat template of ", rules.template_source, ": ", parsed.status().message()));
+    if (!parsed.ok())
+      return absl::InvalidArgumentError(
+          absl::StrCat("chat template of ", rules.template_source, ": ", parsed.status().message()));
     chat_template = *std::move(parsed);
   }
-  SIMPO_ASSIGN_OR_RETURN(const std::vector<TokenizedRow> results,
-                         TokenizeRows(rows, *rules.tokenizer, chat_template.get(), rules.tokenize, rules.threads, progress));
+  SIMPO_ASSIGN_OR_RETURN(
+      const std::vector<TokenizedRow> results,
+      TokenizeRows(rows, *rules.tokenizer, chat_template.get(), rules.tokenize, rules.threads, progress));
   std::vector<OwnedPair> pairs;
   for (const TokenizedRow& row : results) {
     if (row.pair) pairs.push_back(*row.pair);
@@ -212,8 +224,11 @@ absl::StatusOr<fs::path> PrepareSplit(const Split& split, const Rules& rules, co
   *report = MakeReport(results, pairs);
   if (pairs.empty()) {
     std::string reasons;
-    for (const auto& [reason, count] : report->dropped) absl::StrAppend(&reasons, reasons.empty() ? "" : ", ", reason, ": ", count);
-    return absl::InvalidArgumentError(absl::StrCat(split.front().files.front().string(), ": no pair is left of ", report->rows, " rows (", reasons.empty() ? "the file is empty" : reasons, ")"));
+    for (const auto& [reason, count] : report->dropped)
+      absl::StrAppend(&reasons, reasons.empty() ? "" : ", ", reason, ": ", count);
+    return absl::InvalidArgumentError(absl::StrCat(split.front().files.front().string(), ": no pair is left of ",
+                                                   report->rows, " rows (",
+                                                   reasons.empty() ? "the file is empty" : reasons, ")"));
   }
   SIMPO_RETURN_IF_ERROR(WriteTokenizedDataset(tokens, pairs, report->rows - report->pairs));
   const Json json = {{"report", ReportToJson(*report)}, {"conversational", *conversational}};
@@ -229,7 +244,8 @@ std::string ModelType(const fs::path& model_dir) {
 
 absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
   Rules rules;
-  const fs::path dir = config.tokenizer_name_or_path.empty() ? config.model_name_or_path : config.tokenizer_name_or_path;
+  const fs::path dir =
+      config.tokenizer_name_or_path.empty() ? config.model_name_or_path : config.tokenizer_name_or_path;
   SIMPO_ASSIGN_OR_RETURN(rules.tokenizer, Tokenizer::Load(dir));
   std::error_code error;
   if (!config.chat_template.empty()) {
@@ -246,8 +262,9 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
     rules.template_text = DefaultChatTemplate(ModelType(config.model_name_or_path), &rules.template_source);
   }
   rules.tokenize = TokenizeRules::FromConfig(config);
-  rules.threads = config.preprocessing_num_workers > 0 ? config.preprocessing_num_workers
-                                                       : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  rules.threads = config.preprocessing_num_workers > 0
+                      ? config.preprocessing_num_workers
+                      : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   return rules;
 }
 
@@ -256,20 +273,25 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
 std::string DataReport::ToString() const {
   std::string text = absl::StrFormat("  %d rows, %d pairs", rows, pairs);
   for (const auto& [reason, count] : dropped) absl::StrAppend(&text, ", ", count, " dropped (", reason, ")");
-  absl::StrAppend(&text, absl::StrFormat(", %d truncated\n  tokens on average: prompt %.1f, chosen %.1f, rejected %.1f; longest sequence %d; "
-                                         "%.0f%% of all tokens are in prefixes that both responses share\n",
-                                         truncated, mean_prompt_tokens, mean_chosen_tokens, mean_rejected_tokens,
-                                         longest_sequence, 100 * shared_prefix_share));
+  absl::StrAppend(
+      &text, absl::StrFormat(
+                 ", %d truncated\n  tokens on average: prompt %.1f, chosen %.1f, rejected %.1f; longest sequence %d; "
+                 "%.0f%% of all tokens are in prefixes that both responses share\n",
+                 truncated, mean_prompt_tokens, mean_chosen_tokens, mean_rejected_tokens, longest_sequence,
+                 100 * shared_prefix_share));
   return text;
 }
 
 absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress) {
   std::error_code error;
   fs::create_directories(cache_dir, error);
-  if (error) return absl::UnavailableError(absl::StrCat("cannot make the cache folder ", cache_dir.string(), ": ", error.message(), " (SIMPO_CACHE_DIR names another)"));
+  if (error)
+    return absl::UnavailableError(absl::StrCat("cannot make the cache folder ", cache_dir.string(), ": ",
+                                               error.message(), " (SIMPO_CACHE_DIR names another)"));
   const std::string train_name = config.dataset_splits.empty() ? "train" : config.dataset_splits[0];
   const std::string eval_name = config.dataset_splits.size() < 2 ? "test" : config.dataset_splits[1];
-  SIMPO_ASSIGN_OR_RETURN(const Split train, FindSplit(config.dataset_mixer, train_name, /*is_train=*/true, /*whole=*/false));
+  SIMPO_ASSIGN_OR_RETURN(const Split train,
+                         FindSplit(config.dataset_mixer, train_name, /*is_train=*/true, /*whole=*/false));
   Split eval;
   if (!config.eval_dataset_mixer.empty()) {
     SIMPO_ASSIGN_OR_RETURN(eval, FindSplit(config.eval_dataset_mixer, eval_name, /*is_train=*/true, /*whole=*/false));
@@ -279,13 +301,15 @@ absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path
   SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config));
   PreparedData data;
   bool conversational = false;
-  SIMPO_ASSIGN_OR_RETURN(data.train_cache, PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));
+  SIMPO_ASSIGN_OR_RETURN(data.train_cache,
+                         PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));
   if (eval.empty()) {
     if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", eval_name));
   } else {
     DataReport report;
     bool eval_conversational = false;
-    SIMPO_ASSIGN_OR_RETURN(data.eval_cache, PrepareSplit(eval, rules, cache_dir, progress, &report, &eval_conversational));
+    SIMPO_ASSIGN_OR_RETURN(data.eval_cache,
+                           PrepareSplit(eval, rules, cache_dir, progress, &report, &eval_conversational));
     data.eval_report = report;
     conversational |= eval_conversational;
   }

@@ -16,13 +16,13 @@ namespace simpo {
 // What happened to the rows of one split.
 struct DataReport {
   int64_t rows = 0;
-  int64_t pairs = 0;                        // kept
-  std::map<std::string, int64_t> dropped;   // reason -> rows
+  int64_t pairs = 0;                       // kept
+  std::map<std::string, int64_t> dropped;  // reason -> rows
   int64_t truncated = 0;
   double mean_prompt_tokens = 0, mean_chosen_tokens = 0, mean_rejected_tokens = 0;
   int64_t longest_sequence = 0;
-  double shared_prefix_share = 0;           // common prefix tokens / all tokens of both sequences
-  std::string ToString() const;             // a few lines for a log
+  double shared_prefix_share = 0;  // common prefix tokens / all tokens of both sequences
+  std::string ToString() const;    // a few lines for a log
 };
 
 // The result of preparing a job: files that every rank maps, and facts about the tokenizer.

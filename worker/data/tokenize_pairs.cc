@@ -18,7 +18,8 @@ size_t CommonPrefix(const std::string& a, const std::string& b) {
   return size;
 }
 
-absl::StatusOr<Texts> RenderTexts(const PreferenceRow& row, const Tokenizer& tokenizer, const ChatTemplate& chat_template) {
+absl::StatusOr<Texts> RenderTexts(const PreferenceRow& row, const Tokenizer& tokenizer,
+                                  const ChatTemplate& chat_template) {
   auto render = [&](const std::vector<Message>& response, bool header) {
     std::vector<Message> messages = row.prompt_messages;
     messages.insert(messages.end(), response.begin(), response.end());
@@ -106,7 +107,8 @@ absl::StatusOr<TokenizedRow> TokenizeRow(const PreferenceRow& row, const Tokeniz
   SIMPO_ASSIGN_OR_RETURN(Sequence chosen, TokenizeResponse(prompt, texts.prompt, texts.chosen, tokenizer));
   SIMPO_ASSIGN_OR_RETURN(Sequence rejected, TokenizeResponse(prompt, texts.prompt, texts.rejected, tokenizer));
   const bool truncated = Truncate(chosen, rejected, rules, tokenizer.bos_id());
-  if (chosen.response.empty() || rejected.response.empty()) return drop("no room for a response: the prompt alone fills max_length");
+  if (chosen.response.empty() || rejected.response.empty())
+    return drop("no room for a response: the prompt alone fills max_length");
   if (chosen.prompt == rejected.prompt && chosen.response == rejected.response) return drop("identical responses");
   // The first token of a sequence is predicted by nothing.
   if (chosen.prompt.empty() || rejected.prompt.empty()) return drop("empty prompt, and the tokenizer has no BOS");

@@ -38,13 +38,16 @@ int32_t TokenizedPair::SharedPrefixLength() const {
 
 absl::StatusOr<std::unique_ptr<TokenizedDataset>> TokenizedDataset::Open(const std::filesystem::path& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return absl::NotFoundError(absl::StrCat("cannot read the token cache ", path.string(), ": ", strerror(errno)));
+  if (fd < 0)
+    return absl::NotFoundError(absl::StrCat("cannot read the token cache ", path.string(), ": ", strerror(errno)));
   struct stat info {};
   fstat(fd, &info);
   const auto size = static_cast<size_t>(info.st_size);
   void* base = size < sizeof(Header) ? MAP_FAILED : mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
   close(fd);
-  auto damaged = [&] { return absl::DataLossError(absl::StrCat("the token cache ", path.string(), " is damaged; remove it")); };
+  auto damaged = [&] {
+    return absl::DataLossError(absl::StrCat("the token cache ", path.string(), " is damaged; remove it"));
+  };
   if (base == MAP_FAILED) return damaged();
   std::unique_ptr<TokenizedDataset> data(new TokenizedDataset());
   data->base_ = static_cast<const std::byte*>(base);
@@ -84,9 +87,7 @@ TokenizedPair TokenizedDataset::operator[](int64_t index) const {
           .rejected_prompt_length = words[3]};
 }
 
-bool TokenizedDataset::truncated(int64_t index) const {
-  return PairWords(base_, offsets_, num_pairs_, index)[4] != 0;
-}
+bool TokenizedDataset::truncated(int64_t index) const { return PairWords(base_, offsets_, num_pairs_, index)[4] != 0; }
 
 absl::Status WriteTokenizedDataset(const std::filesystem::path& path, std::span<const OwnedPair> pairs,
                                    int64_t dropped_pairs) {
@@ -99,7 +100,8 @@ absl::Status WriteTokenizedDataset(const std::filesystem::path& path, std::span<
     words.insert(words.end(), pair.rejected.begin(), pair.rejected.end());
     offsets.push_back(words.size());
   }
-  Header header{.magic = {}, .pairs = pairs.size(), .dropped = static_cast<uint64_t>(dropped_pairs), .words = words.size()};
+  Header header{
+      .magic = {}, .pairs = pairs.size(), .dropped = static_cast<uint64_t>(dropped_pairs), .words = words.size()};
   memcpy(header.magic, kMagic, sizeof(kMagic));
   std::string content(reinterpret_cast<const char*>(&header), sizeof(header));
   content.append(reinterpret_cast<const char*>(offsets.data()), offsets.size() * 8);

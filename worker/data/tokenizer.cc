@@ -28,7 +28,8 @@ std::string TokenText(const Json& config, const char* key) {
   if (!config.contains(key)) return "";
   const Json& value = config[key];
   if (value.is_string()) return value.get<std::string>();
-  if (value.is_object() && value.contains("content") && value["content"].is_string()) return value["content"].get<std::string>();
+  if (value.is_object() && value.contains("content") && value["content"].is_string())
+    return value["content"].get<std::string>();
   return "";
 }
 
@@ -50,7 +51,8 @@ Tokenizer::~Tokenizer() { simpo_tokenizer_free(handle_); }
 absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::filesystem::path& dir) {
   const std::filesystem::path path = dir / "tokenizer.json";
   if (!std::filesystem::exists(path)) {
-    return absl::NotFoundError(absl::StrCat(dir.string(), " has no tokenizer.json; make one with transformers: "
+    return absl::NotFoundError(absl::StrCat(dir.string(),
+                                            " has no tokenizer.json; make one with transformers: "
                                             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"));
   }
   SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxFileBytes));

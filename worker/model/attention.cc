@@ -24,9 +24,7 @@ struct Heads {
 
 // Rows of q as [K, G, Q, D]: a view, no copy.
 at::Tensor Queries(const at::Tensor& rows_TAD, Heads heads) {
-  return rows_TAD.narrow(1, 0, heads.query)
-      .unflatten(1, {heads.kv, heads.group()})
-      .permute({1, 2, 0, 3});
+  return rows_TAD.narrow(1, 0, heads.query).unflatten(1, {heads.kv, heads.group()}).permute({1, 2, 0, 3});
 }
 // Rows of k (which = 0) or v (which = 1) as [K, G, S, D], the same memory for all G.
 at::Tensor KeysOrValues(const at::Tensor& rows_TAD, Heads heads, int64_t which) {

@@ -1,10 +1,10 @@
 #ifndef SIMPO_WORKER_MODEL_ATTENTION_H_
 #define SIMPO_WORKER_MODEL_ATTENTION_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <memory>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "worker/pack.h"
 

@@ -44,8 +44,7 @@ Projection MakeProjection(const ShardedParams& params, const std::string& prefix
 at::Tensor Project(const at::Tensor& x, const Projection& projection) {
   std::vector<at::Tensor> outputs;
   for (size_t i = 0; i < projection.weights.size(); ++i) {
-    outputs.push_back(
-        Linear(x, projection.weights[i], projection.biases.empty() ? WeightRef{} : projection.biases[i]));
+    outputs.push_back(Linear(x, projection.weights[i], projection.biases.empty() ? WeightRef{} : projection.biases[i]));
   }
   return outputs.size() == 1 ? outputs.front() : at::cat(outputs, 1);
 }
@@ -72,9 +71,7 @@ BatchContext Decoder::MakeContext(const PackedBatch& batch, at::ScalarType compu
           .attention = std::make_shared<const AttentionPlan>(batch.pairs, compute_dtype)};
 }
 
-at::Tensor Decoder::Embed(const at::Tensor& input_ids_T) const {
-  return simpo::Embed(embedding_.weight, input_ids_T);
-}
+at::Tensor Decoder::Embed(const at::Tensor& input_ids_T) const { return simpo::Embed(embedding_.weight, input_ids_T); }
 
 void Decoder::EmbedBackward(const at::Tensor& grad_TH, const at::Tensor& input_ids_T) const {
   // transformers makes the embedding with padding_idx: that row has no gradient as an input.

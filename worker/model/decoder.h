@@ -1,10 +1,10 @@
 #ifndef SIMPO_WORKER_MODEL_DECODER_H_
 #define SIMPO_WORKER_MODEL_DECODER_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <memory>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "worker/model/attention.h"
 #include "worker/model/model_config.h"

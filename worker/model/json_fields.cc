@@ -15,8 +15,7 @@ constexpr int kMaxDepth = 32;
 
 }  // namespace
 
-JsonFields::JsonFields(const Json& object, std::string where)
-    : object_(object), where_(std::move(where)) {
+JsonFields::JsonFields(const Json& object, std::string where) : object_(object), where_(std::move(where)) {
   if (!object_.is_object()) Fail("value", "must be a JSON object");
 }
 
@@ -37,8 +36,7 @@ bool JsonFields::Given(const char* key, bool has_fallback) {
   return false;
 }
 
-int64_t JsonFields::Integer(const char* key, int64_t low, int64_t high,
-                            std::optional<int64_t> fallback) {
+int64_t JsonFields::Integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> fallback) {
   if (!Given(key, fallback.has_value())) return fallback.value_or(0);
   const Json& field = object_[key];
   if (!field.is_number_integer()) {
@@ -77,8 +75,7 @@ std::string JsonFields::Text(const char* key, std::optional<std::string> fallbac
   return fallback.value_or("");
 }
 
-const Json& JsonFields::Member(const char* key, bool right_type, const char* expected,
-                               const Json& fallback) {
+const Json& JsonFields::Member(const char* key, bool right_type, const char* expected, const Json& fallback) {
   if (right_type) return object_[key];
   Fail(key, Has(key) ? expected : "is missing");
   return fallback;

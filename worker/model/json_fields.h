@@ -22,8 +22,7 @@ class JsonFields {
   JsonFields(const nlohmann::json& object, std::string where);
 
   bool Has(const char* key) const;
-  int64_t Integer(const char* key, int64_t low, int64_t high,
-                  std::optional<int64_t> fallback = std::nullopt);
+  int64_t Integer(const char* key, int64_t low, int64_t high, std::optional<int64_t> fallback = std::nullopt);
   // A finite number above zero.
   double Positive(const char* key, std::optional<double> fallback = std::nullopt);
   bool Bool(const char* key, bool fallback);
@@ -39,8 +38,7 @@ class JsonFields {
   const absl::Status& status() const { return status_; }
 
  private:
-  const nlohmann::json& Member(const char* key, bool right_type, const char* expected,
-                               const nlohmann::json& fallback);
+  const nlohmann::json& Member(const char* key, bool right_type, const char* expected, const nlohmann::json& fallback);
   // Whether there is a value to read; fails when there is neither value nor fallback.
   bool Given(const char* key, bool has_fallback);
 

@@ -72,9 +72,12 @@ template <typename Body>
 void ForDtype(const at::Tensor& tensor, Body body) {
   TORCH_CHECK(tensor.is_cpu(), "a CPU kernel was given another device's tensor");
   switch (tensor.scalar_type()) {
-    case at::kFloat: return body.template operator()<float>();
-    case at::kBFloat16: return body.template operator()<Bf16Bits>();
-    default: TORCH_CHECK(false, "compute dtype ", tensor.scalar_type(), " is not supported");
+    case at::kFloat:
+      return body.template operator()<float>();
+    case at::kBFloat16:
+      return body.template operator()<Bf16Bits>();
+    default:
+      TORCH_CHECK(false, "compute dtype ", tensor.scalar_type(), " is not supported");
   }
 }
 
@@ -86,8 +89,8 @@ void RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tens
     const auto row = BestRowKernels<T>().rms_norm;
     at::parallel_for(0, x.size(0), GrainRows(size), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        Ptr<float>(rstd_T)[t] = row(Ptr<T>(x) + t * size, Ptr<T>(weight), static_cast<float>(eps), size,
-                                    Ptr<T>(y) + t * size);
+        Ptr<float>(rstd_T)[t] =
+            row(Ptr<T>(x) + t * size, Ptr<T>(weight), static_cast<float>(eps), size, Ptr<T>(y) + t * size);
       }
     });
   });

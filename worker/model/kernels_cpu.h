@@ -1,9 +1,9 @@
 #ifndef SIMPO_WORKER_MODEL_KERNELS_CPU_H_
 #define SIMPO_WORKER_MODEL_KERNELS_CPU_H_
 
-#include <cstdint>
-
 #include <ATen/core/Tensor.h>
+
+#include <cstdint>
 
 // One-pass forms of what eager ATen does in several: on the CPU these loops are limited by memory,
 // so each reads its inputs once. fp32 and bf16 (arithmetic in fp32). Tensors are contiguous unless

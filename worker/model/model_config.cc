@@ -45,27 +45,24 @@ void ReadSizes(JsonFields& fields, ModelConfig* config) {
   config->intermediate_size = fields.Integer("intermediate_size", 1, kMaxIntermediate);
   config->num_layers = fields.Integer("num_hidden_layers", 1, kMaxLayers);
   config->num_heads = fields.Integer("num_attention_heads", 1, kMaxHeads);
-  config->max_position_embeddings = fields.Integer("max_position_embeddings", 1, kMaxPositions,
-                                                   mistral ? kMistralPositions : kLlamaPositions);
+  config->max_position_embeddings =
+      fields.Integer("max_position_embeddings", 1, kMaxPositions, mistral ? kMistralPositions : kLlamaPositions);
   if (!fields.status().ok()) return;
 
   // Mistral's class has a default of its own, so there the field must be written.
-  config->num_kv_heads =
-      mistral ? fields.Integer("num_key_value_heads", 1, config->num_heads)
-              : fields.Integer("num_key_value_heads", 1, config->num_heads, config->num_heads);
+  config->num_kv_heads = mistral ? fields.Integer("num_key_value_heads", 1, config->num_heads)
+                                 : fields.Integer("num_key_value_heads", 1, config->num_heads, config->num_heads);
   if (config->num_kv_heads > 0 && config->num_heads % config->num_kv_heads != 0) {
     fields.Fail("num_key_value_heads",
-                absl::StrCat(config->num_kv_heads, " does not divide num_attention_heads ",
-                             config->num_heads));
+                absl::StrCat(config->num_kv_heads, " does not divide num_attention_heads ", config->num_heads));
   }
   if (fields.Has("head_dim")) {
     config->head_dim = fields.Integer("head_dim", 2, kMaxHeadDim);
   } else if (config->hidden_size % config->num_heads == 0) {
     config->head_dim = config->hidden_size / config->num_heads;
   } else {
-    fields.Fail(
-        "num_attention_heads",
-        absl::StrCat(config->num_heads, " does not divide hidden_size ", config->hidden_size));
+    fields.Fail("num_attention_heads",
+                absl::StrCat(config->num_heads, " does not divide hidden_size ", config->hidden_size));
   }
   if (config->head_dim % 2 != 0) {
     fields.Fail("head_dim", absl::StrCat(config->head_dim, " is odd; rotary positions need pairs"));
@@ -79,21 +76,18 @@ void RefuseUnsupported(const Json& json, JsonFields& fields, const ModelConfig& 
     fields.Fail("hidden_act", absl::StrCat("'", activation, "' is not supported (silu is)"));
   }
   if (!IsOneOf(config.dtype, kDtypes)) {
-    fields.Fail("dtype", absl::StrCat("'", config.dtype, "' is not supported (",
-                                      absl::StrJoin(kDtypes, ", "), " are)"));
+    fields.Fail("dtype",
+                absl::StrCat("'", config.dtype, "' is not supported (", absl::StrJoin(kDtypes, ", "), " are)"));
   }
   if (fields.Has("quantization_config")) {
-    fields.Fail("quantization_config",
-                "quantised weights cannot be trained; use the original model");
+    fields.Fail("quantization_config", "quantised weights cannot be trained; use the original model");
   }
   if (config.model_type != "mistral") return;
   const bool none = json.contains("sliding_window") && json["sliding_window"].is_null();
-  const int64_t window =
-      none ? kMaxPositions : fields.Integer("sliding_window", 1, kMaxPositions, kMistralWindow);
+  const int64_t window = none ? kMaxPositions : fields.Integer("sliding_window", 1, kMaxPositions, kMistralWindow);
   if (window < config.max_position_embeddings) {
-    fields.Fail("sliding_window",
-                absl::StrCat("a window of ", window, ", shorter than max_position_embeddings ",
-                             config.max_position_embeddings, ", is not supported"));
+    fields.Fail("sliding_window", absl::StrCat("a window of ", window, ", shorter than max_position_embeddings ",
+                                               config.max_position_embeddings, ", is not supported"));
   }
 }
 
@@ -112,20 +106,17 @@ RopeConfig ReadRope(const Json& json, JsonFields& top, const std::string& file) 
   if (rope.type == "linear" || rope.type == "llama3") {
     rope.factor = fields.Positive("factor");
   } else if (rope.type != "default") {
-    fields.Fail("rope_type",
-                absl::StrCat("'", rope.type, "' is not supported (default, linear, llama3 are)"));
+    fields.Fail("rope_type", absl::StrCat("'", rope.type, "' is not supported (default, linear, llama3 are)"));
   }
   if (rope.type == "llama3") {
     rope.low_freq_factor = fields.Positive("low_freq_factor");
     rope.high_freq_factor = fields.Positive("high_freq_factor");
-    rope.original_max_position_embeddings =
-        fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
+    rope.original_max_position_embeddings = fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
     if (rope.high_freq_factor <= rope.low_freq_factor) {
       fields.Fail("high_freq_factor", "must be above low_freq_factor");
     }
   }
-  const double partial =
-      fields.Positive("partial_rotary_factor", top.Positive("partial_rotary_factor", 1.0));
+  const double partial = fields.Positive("partial_rotary_factor", top.Positive("partial_rotary_factor", 1.0));
   if (partial != 1.0) fields.Fail("partial_rotary_factor", "only 1 is supported");
   top.Merge(fields);
   return rope;
@@ -172,9 +163,8 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::filesystem::path& model_d
   ModelConfig config;
   config.model_type = fields.Text("model_type");
   if (fields.status().ok() && !IsOneOf(config.model_type, kFamilies)) {
-    fields.Fail("model_type",
-                absl::StrCat("'", config.model_type, "' is not supported; supported are ",
-                             absl::StrJoin(kFamilies, ", ")));
+    fields.Fail("model_type", absl::StrCat("'", config.model_type, "' is not supported; supported are ",
+                                           absl::StrJoin(kFamilies, ", ")));
   }
   if (!fields.status().ok()) return fields.status();
   ReadSizes(fields, &config);
@@ -197,8 +187,7 @@ std::vector<WeightSpec> ModelWeights(const ModelConfig& config) {
   const int64_t hidden = config.hidden_size;
   const int64_t queries = config.num_heads * config.head_dim;
   const int64_t keys = config.num_kv_heads * config.head_dim;
-  std::vector<WeightSpec> weights = {
-      {"model.embed_tokens.weight", {config.vocab_size, hidden}, -1, true}};
+  std::vector<WeightSpec> weights = {{"model.embed_tokens.weight", {config.vocab_size, hidden}, -1, true}};
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
     auto add = [&](const char* name, std::vector<int64_t> shape, bool decay) {

@@ -13,8 +13,7 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 struct LinearFunction : Function<LinearFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight,
-                            const WeightRef& bias) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, const WeightRef& bias) {
     ctx->save_for_backward({x});
     ctx->saved_data["weight"] = weight.weight;
     ctx->saved_data["weight_grad"] = weight.grad;
@@ -44,8 +43,8 @@ struct RmsNormFunction : Function<RmsNormFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const variable_list saved = ctx->get_saved_variables();
     at::Tensor gx = at::empty_like(saved[0]);
-    kernels::RmsNormBackward(gradients[0].contiguous(), saved[0], ctx->saved_data["weight"].toTensor(), saved[1],
-                             gx, ctx->saved_data["weight_grad"].toTensor());
+    kernels::RmsNormBackward(gradients[0].contiguous(), saved[0], ctx->saved_data["weight"].toTensor(), saved[1], gx,
+                             ctx->saved_data["weight_grad"].toTensor());
     return {gx, at::Tensor(), at::Tensor()};
   }
 };

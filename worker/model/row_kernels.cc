@@ -101,8 +101,8 @@ void SwiGluBackward(const T* __restrict gy, const T* __restrict gate, const T* _
 }
 
 template <typename T>
-void Rotate(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t half,
-            float sign, T* __restrict y) {
+void Rotate(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t half, float sign,
+            T* __restrict y) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const float a = Load(x[i]);

@@ -33,10 +33,9 @@ struct DtypeName {
   const char* name;
   at::ScalarType dtype;
 };
-constexpr DtypeName kDtypes[] = {{"F64", at::kDouble},    {"F32", at::kFloat}, {"F16", at::kHalf},
-                                 {"BF16", at::kBFloat16}, {"I64", at::kLong},  {"I32", at::kInt},
-                                 {"I16", at::kShort},     {"I8", at::kChar},   {"U8", at::kByte},
-                                 {"BOOL", at::kBool}};
+constexpr DtypeName kDtypes[] = {
+    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"I64", at::kLong},
+    {"I32", at::kInt},    {"I16", at::kShort}, {"I8", at::kChar},  {"U8", at::kByte},       {"BOOL", at::kBool}};
 
 std::optional<at::ScalarType> DtypeOf(const std::string& name) {
   for (const DtypeName& row : kDtypes) {
@@ -81,8 +80,8 @@ absl::StatusOr<Mapping> MapFile(const std::filesystem::path& path) {
   } else if (!S_ISREG(info.st_mode)) {
     status = absl::InvalidArgumentError(absl::StrCat(path.string(), " is not a regular file"));
   } else if (info.st_size < static_cast<int64_t>(kLengthBytes)) {
-    status = absl::InvalidArgumentError(absl::StrCat(
-        path.string(), ": too short to be a safetensors file (", info.st_size, " bytes)"));
+    status = absl::InvalidArgumentError(
+        absl::StrCat(path.string(), ": too short to be a safetensors file (", info.st_size, " bytes)"));
   } else {
     mapping.size = static_cast<size_t>(info.st_size);
     mapping.base = mmap(nullptr, mapping.size, PROT_READ, MAP_PRIVATE, fd, 0);
@@ -112,8 +111,7 @@ absl::StatusOr<Json> ParseHeader(std::string_view text, const std::string& where
   return absl::InvalidArgumentError(absl::StrCat(where, ": its header ", problem));
 }
 
-absl::StatusOr<std::map<std::string, std::string>> ParseMetadata(const Json& json,
-                                                                 const std::string& where) {
+absl::StatusOr<std::map<std::string, std::string>> ParseMetadata(const Json& json, const std::string& where) {
   std::map<std::string, std::string> metadata;
   bool all_text = json.is_object();
   if (all_text) {
@@ -135,12 +133,10 @@ bool HasEntryFields(const Json& json) {
 }
 
 // Reads one tensor's header entry; its offsets become offsets into the file.
-absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name, const Json& json,
-                                            uint64_t data_begin, uint64_t file_size,
-                                            const std::string& where) {
+absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name, const Json& json, uint64_t data_begin,
+                                            uint64_t file_size, const std::string& where) {
   auto bad = [&](const std::string& problem) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, ": tensor ", Shortened(name), ": ", problem));
+    return absl::InvalidArgumentError(absl::StrCat(where, ": tensor ", Shortened(name), ": ", problem));
   };
   if (!HasEntryFields(json)) return bad("needs dtype, shape and two data_offsets");
   const auto dtype_name = json["dtype"].get<std::string>();
@@ -163,8 +159,7 @@ absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name, const Json&
   const auto end = json["data_offsets"][1].get<uint64_t>();
   if (begin > end) return bad("its data ends before it begins");
   if (end > file_size - data_begin) {
-    return bad(absl::StrCat("its data ends at byte ", end, " of ", file_size - data_begin,
-                            ": the file is truncated"));
+    return bad(absl::StrCat("its data ends at byte ", end, " of ", file_size - data_begin, ": the file is truncated"));
   }
   if (end - begin != bytes) {
     return bad(absl::StrCat("has ", end - begin, " bytes where its shape needs ", bytes));
@@ -175,18 +170,15 @@ absl::StatusOr<SafetensorsEntry> ParseEntry(const std::string& name, const Json&
 }
 
 // Tensors must fill the data without overlap or holes.
-absl::Status CheckCoverage(std::vector<SafetensorsEntry> entries, uint64_t data_begin,
-                           uint64_t file_size, const std::string& where) {
-  std::sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) {
-    return std::pair(a.begin, a.end) < std::pair(b.begin, b.end);
-  });
+absl::Status CheckCoverage(std::vector<SafetensorsEntry> entries, uint64_t data_begin, uint64_t file_size,
+                           const std::string& where) {
+  std::sort(entries.begin(), entries.end(),
+            [](const auto& a, const auto& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
   uint64_t next = data_begin;
   for (const SafetensorsEntry& entry : entries) {
     if (entry.begin != next) {
-      const char* problem =
-          entry.begin < next ? " overlaps the one before it" : " leaves a hole before it";
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": tensor ", Shortened(entry.name), problem));
+      const char* problem = entry.begin < next ? " overlaps the one before it" : " leaves a hole before it";
+      return absl::InvalidArgumentError(absl::StrCat(where, ": tensor ", Shortened(entry.name), problem));
     }
     next = entry.end;
   }
@@ -238,8 +230,7 @@ SafetensorsFile::~SafetensorsFile() {
   if (base_ != nullptr) munmap(base_, size_);
 }
 
-absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(
-    const std::filesystem::path& path) {
+absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std::filesystem::path& path) {
   std::unique_ptr<SafetensorsFile> file(new SafetensorsFile());
   file->path_ = path;
   SIMPO_ASSIGN_OR_RETURN(const Mapping mapping, MapFile(path));
@@ -249,9 +240,8 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(
   uint64_t header_size = 0;
   std::memcpy(&header_size, mapping.base, kLengthBytes);
   if (header_size > kMaxHeaderBytes || header_size > mapping.size - kLengthBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(path.string(), ": its header claims ", header_size,
-                     " bytes; the file is truncated or not safetensors"));
+    return absl::InvalidArgumentError(absl::StrCat(path.string(), ": its header claims ", header_size,
+                                                   " bytes; the file is truncated or not safetensors"));
   }
   const std::string_view text(static_cast<const char*>(mapping.base) + kLengthBytes, header_size);
   SIMPO_ASSIGN_OR_RETURN(const Json header, ParseHeader(text, path.string()));
@@ -261,8 +251,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(
       SIMPO_ASSIGN_OR_RETURN(file->metadata_, ParseMetadata(value, path.string()));
       continue;
     }
-    SIMPO_ASSIGN_OR_RETURN(SafetensorsEntry entry,
-                           ParseEntry(name, value, data_begin, mapping.size, path.string()));
+    SIMPO_ASSIGN_OR_RETURN(SafetensorsEntry entry, ParseEntry(name, value, data_begin, mapping.size, path.string()));
     file->entries_.push_back(std::move(entry));
   }
   SIMPO_RETURN_IF_ERROR(CheckCoverage(file->entries_, data_begin, mapping.size, path.string()));
@@ -288,8 +277,7 @@ at::Tensor SafetensorsFile::View(const SafetensorsEntry& entry) const {
   return aligned;
 }
 
-absl::StatusOr<std::unique_ptr<ModelWeightsReader>> ModelWeightsReader::Open(
-    const std::filesystem::path& dir) {
+absl::StatusOr<std::unique_ptr<ModelWeightsReader>> ModelWeightsReader::Open(const std::filesystem::path& dir) {
   std::unique_ptr<ModelWeightsReader> reader(new ModelWeightsReader());
   reader->dir_ = dir;
   // The single file wins where both forms are present, as in transformers.
@@ -307,12 +295,12 @@ absl::StatusOr<std::unique_ptr<ModelWeightsReader>> ModelWeightsReader::Open(
   }
   const bool pickle = std::filesystem::exists(dir / "pytorch_model.bin") ||
                       std::filesystem::exists(dir / "pytorch_model.bin.index.json");
-  return absl::NotFoundError(absl::StrCat(
-      dir.string(), " has neither model.safetensors nor ", kIndexName,
-      pickle ? "; its pytorch_model.bin is a pickle, which can run code when it is read: convert "
-               "it to safetensors with save_pretrained(..., safe_serialization=True) where you "
-               "trust it"
-             : ""));
+  return absl::NotFoundError(
+      absl::StrCat(dir.string(), " has neither model.safetensors nor ", kIndexName,
+                   pickle ? "; its pytorch_model.bin is a pickle, which can run code when it is read: convert "
+                            "it to safetensors with save_pretrained(..., safe_serialization=True) where you "
+                            "trust it"
+                          : ""));
 }
 
 absl::Status ModelWeightsReader::OpenIndexed() {
@@ -328,8 +316,7 @@ absl::Status ModelWeightsReader::OpenIndexed() {
     }
     const SafetensorsFile*& shard = opened[file_name];
     if (shard == nullptr) {
-      absl::StatusOr<std::unique_ptr<SafetensorsFile>> next =
-          SafetensorsFile::Open(dir_ / file_name);
+      absl::StatusOr<std::unique_ptr<SafetensorsFile>> next = SafetensorsFile::Open(dir_ / file_name);
       if (!next.ok()) {
         return absl::Status(next.status().code(),
                             absl::StrCat(next.status().message(), " (named in ", kIndexName, ")"));
@@ -339,8 +326,7 @@ absl::Status ModelWeightsReader::OpenIndexed() {
     }
     const SafetensorsEntry* entry = shard->Find(name);
     if (entry == nullptr) {
-      fields.Fail(Shortened(name),
-                  absl::StrCat("is not in ", file_name, ", where the index puts it"));
+      fields.Fail(Shortened(name), absl::StrCat("is not in ", file_name, ", where the index puts it"));
       break;
     }
     by_name_[name] = {shard, entry};
@@ -348,9 +334,7 @@ absl::Status ModelWeightsReader::OpenIndexed() {
   return fields.status();
 }
 
-bool ModelWeightsReader::Has(std::string_view name) const {
-  return by_name_.find(name) != by_name_.end();
-}
+bool ModelWeightsReader::Has(std::string_view name) const { return by_name_.find(name) != by_name_.end(); }
 
 std::vector<std::string> ModelWeightsReader::Names() const {
   std::vector<std::string> names;
@@ -358,43 +342,40 @@ std::vector<std::string> ModelWeightsReader::Names() const {
   return names;
 }
 
-absl::StatusOr<at::Tensor> ModelWeightsReader::Get(std::string_view name,
-                                                   at::IntArrayRef shape) const {
+absl::StatusOr<at::Tensor> ModelWeightsReader::Get(std::string_view name, at::IntArrayRef shape) const {
   const auto it = by_name_.find(name);
   if (it == by_name_.end()) {
-    return absl::NotFoundError(absl::StrCat(dir_.string(), ": the weights have no tensor ",
-                                            std::string(name), ", which config.json calls for"));
+    return absl::NotFoundError(absl::StrCat(dir_.string(), ": the weights have no tensor ", std::string(name),
+                                            ", which config.json calls for"));
   }
   const auto& [file, entry] = it->second;
   const std::string where = absl::StrCat(file->path().string(), ": tensor ", std::string(name));
   if (at::IntArrayRef(entry->shape) != shape) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, " has shape [", absl::StrJoin(entry->shape, ", "),
-                     "] where config.json calls for [", absl::StrJoin(shape.vec(), ", "), "]"));
+    return absl::InvalidArgumentError(absl::StrCat(where, " has shape [", absl::StrJoin(entry->shape, ", "),
+                                                   "] where config.json calls for [", absl::StrJoin(shape.vec(), ", "),
+                                                   "]"));
   }
   if (!at::isFloatingType(entry->dtype)) {
-    return absl::InvalidArgumentError(absl::StrCat(where, " has dtype ", NameOf(entry->dtype),
-                                                   "; weights must be F64, F32, F16 or BF16"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, " has dtype ", NameOf(entry->dtype), "; weights must be F64, F32, F16 or BF16"));
   }
   return file->View(*entry);
 }
 
-absl::StatusOr<uint64_t> WriteSafetensors(
-    const std::filesystem::path& path,
-    const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-    const std::map<std::string, std::string>& metadata) {
+absl::StatusOr<uint64_t> WriteSafetensors(const std::filesystem::path& path,
+                                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+                                          const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
     const char* dtype = NameOf(tensor.scalar_type());
     if (dtype == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat(path.string(), ": tensor ", name,
-                                                     ": safetensors has no name for its dtype"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path.string(), ": tensor ", name, ": safetensors has no name for its dtype"));
     }
-    header[name] = {{"dtype", dtype},
-                    {"shape", tensor.sizes().vec()},
-                    {"data_offsets", {offset, offset + tensor.nbytes()}}};
+    header[name] = {
+        {"dtype", dtype}, {"shape", tensor.sizes().vec()}, {"data_offsets", {offset, offset + tensor.nbytes()}}};
     offset += tensor.nbytes();
   }
   std::string text = header.dump();

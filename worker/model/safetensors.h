@@ -67,17 +67,15 @@ class ModelWeightsReader {
 
   std::filesystem::path dir_;
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
-  std::map<std::string, std::pair<const SafetensorsFile*, const SafetensorsEntry*>, std::less<>>
-      by_name_;
+  std::map<std::string, std::pair<const SafetensorsFile*, const SafetensorsEntry*>, std::less<>> by_name_;
 };
 
 // Writes tensors (any device, made contiguous one at a time) to a new file at `path`, which is
 // durable (synced) when this returns but not renamed into place: callers write into a temporary
 // folder or use common/atomic_file.h. Returns the file's size in bytes.
-absl::StatusOr<uint64_t> WriteSafetensors(
-    const std::filesystem::path& path,
-    const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-    const std::map<std::string, std::string>& metadata);
+absl::StatusOr<uint64_t> WriteSafetensors(const std::filesystem::path& path,
+                                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+                                          const std::map<std::string, std::string>& metadata);
 
 }  // namespace simpo
 

@@ -49,8 +49,7 @@ TrainerState ParseState(JsonFields& fields) {
   state.global_batch_size = fields.Integer("global_batch_size", 0, kMaxElements);
   state.pairs_seen = fields.Integer("pairs_seen", 0, kMaxElements);
   state.tokens_seen = fields.Integer("tokens_seen", 0, kMaxElements);
-  state.seed = fields.Integer("seed", std::numeric_limits<int64_t>::min(),
-                              std::numeric_limits<int64_t>::max());
+  state.seed = fields.Integer("seed", std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max());
   for (const auto& [key, value] : fields.Object("extra").items()) {
     if (!ParseDouble(value, &state.extra[key])) fields.Fail(key, "must be a number");
   }
@@ -93,8 +92,7 @@ CheckpointManifest ParseManifest(const Json& json, JsonFields& fields) {
   }
   for (const Json& item : fields.Array("files")) {
     JsonFields file(item, "files");
-    manifest.files.push_back(
-        {file.Text("name"), file.Integer("bytes", 0, kMaxElements), file.Text("sha256")});
+    manifest.files.push_back({file.Text("name"), file.Integer("bytes", 0, kMaxElements), file.Text("sha256")});
     const auto rank = static_cast<int>(manifest.files.size()) - 1;
     if (manifest.files.back().name != CheckpointShardName(rank, manifest.world_size)) {
       file.Fail("name", "is not this rank's");
@@ -113,8 +111,7 @@ size_t FindDigest(const std::string& text) {
   if (key == std::string::npos) return key;
   const size_t colon = text.find(':', key);
   const size_t quote = text.find('"', colon);
-  return quote == std::string::npos || quote + 1 + kDigestLength > text.size() ? std::string::npos
-                                                                               : quote + 1;
+  return quote == std::string::npos || quote + 1 + kDigestLength > text.size() ? std::string::npos : quote + 1;
 }
 
 }  // namespace
@@ -143,8 +140,7 @@ std::string FormatManifest(const CheckpointManifest& manifest) {
     for (const CheckpointManifest::Slot& slot : bucket.slots) {
       slots.push_back({{"name", slot.name}, {"shape", slot.shape}, {"offset", slot.offset}});
     }
-    json["buckets"].push_back(
-        {{"name", bucket.name}, {"shard_numel", bucket.shard_numel}, {"slots", slots}});
+    json["buckets"].push_back({{"name", bucket.name}, {"shard_numel", bucket.shard_numel}, {"slots", slots}});
   }
   for (const CheckpointManifest::File& file : manifest.files) {
     json["files"].push_back({{"name", file.name}, {"bytes", file.bytes}, {"sha256", file.sha256}});
@@ -164,8 +160,7 @@ absl::StatusOr<CheckpointManifest> ReadManifest(const fs::path& path) {
     unsigned_text.replace(digest, kDigestLength, kDigestLength, '0');
   }
   if (digest == std::string::npos || Sha256(unsigned_text) != text.substr(digest, kDigestLength)) {
-    return absl::DataLossError(
-        absl::StrCat(where, " is damaged: its ", kDigestKey, " is not that of its text"));
+    return absl::DataLossError(absl::StrCat(where, " is damaged: its ", kDigestKey, " is not that of its text"));
   }
   const absl::StatusOr<Json> json = ParseJsonObject(text, where);
   if (!json.ok()) return absl::DataLossError(json.status().message());
@@ -175,25 +170,22 @@ absl::StatusOr<CheckpointManifest> ReadManifest(const fs::path& path) {
   return manifest;
 }
 
-absl::Status CheckShardFiles(const fs::path& path, const CheckpointManifest& manifest, size_t first,
-                             size_t stride) {
+absl::Status CheckShardFiles(const fs::path& path, const CheckpointManifest& manifest, size_t first, size_t stride) {
   for (size_t i = first; i < manifest.files.size(); i += stride) {
     const CheckpointManifest::File& file = manifest.files[i];
     const fs::path name = path / file.name;
     std::error_code error;
     const auto size = static_cast<int64_t>(fs::file_size(name, error));
     if (error) {
-      return absl::DataLossError(
-          absl::StrCat("cannot read ", name.string(), ": ", error.message()));
+      return absl::DataLossError(absl::StrCat("cannot read ", name.string(), ": ", error.message()));
     }
     if (size != file.bytes) {
-      return absl::DataLossError(absl::StrCat(name.string(), " has ", size,
-                                              " bytes where the manifest says ", file.bytes));
+      return absl::DataLossError(
+          absl::StrCat(name.string(), " has ", size, " bytes where the manifest says ", file.bytes));
     }
     SIMPO_ASSIGN_OR_RETURN(const std::string digest, Sha256OfFile(name));
     if (digest != file.sha256) {
-      return absl::DataLossError(
-          absl::StrCat(name.string(), " is damaged: its SHA-256 is not the manifest's"));
+      return absl::DataLossError(absl::StrCat(name.string(), " is damaged: its SHA-256 is not the manifest's"));
     }
   }
   return absl::OkStatus();

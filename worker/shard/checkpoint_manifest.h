@@ -58,8 +58,8 @@ absl::StatusOr<CheckpointManifest> ReadManifest(const std::filesystem::path& pat
 // Compares the sizes and SHA-256 of the files first, first + stride, ... of the manifest with those
 // in `path`, so that ranks can share the work. DATA_LOSS names the first file that is missing or
 // differs.
-absl::Status CheckShardFiles(const std::filesystem::path& path, const CheckpointManifest& manifest,
-                             size_t first, size_t stride);
+absl::Status CheckShardFiles(const std::filesystem::path& path, const CheckpointManifest& manifest, size_t first,
+                             size_t stride);
 
 }  // namespace simpo
 

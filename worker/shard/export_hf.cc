@@ -39,15 +39,13 @@ absl::Status WriteConfig(const fs::path& source, const fs::path& target, at::Sca
 }
 
 // Whether the exported config.json still describes the model that was trained.
-absl::Status CheckConfig(const fs::path& folder, const ModelConfig& trained,
-                         const fs::path& model_dir) {
+absl::Status CheckConfig(const fs::path& folder, const ModelConfig& trained, const fs::path& model_dir) {
   SIMPO_ASSIGN_OR_RETURN(const ModelConfig written, ReadModelConfig(folder));
   const std::vector<WeightSpec> now = ModelWeights(written);
   const std::vector<WeightSpec> then = ModelWeights(trained);
-  const bool same = std::equal(now.begin(), now.end(), then.begin(), then.end(),
-                               [](const WeightSpec& a, const WeightSpec& b) {
-                                 return a.name == b.name && a.shape == b.shape;
-                               });
+  const bool same =
+      std::equal(now.begin(), now.end(), then.begin(), then.end(),
+                 [](const WeightSpec& a, const WeightSpec& b) { return a.name == b.name && a.shape == b.shape; });
   if (same) return absl::OkStatus();
   return absl::FailedPreconditionError(
       absl::StrCat((model_dir / "config.json").string(),
@@ -88,13 +86,11 @@ absl::Status WriteWeights(const fs::path& folder, const ShardedParams& params, s
       total += tensor.nbytes();
     }
   }
-  const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},
-                                        {"weight_map", weight_map}};
+  const nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}};
   return WriteFileAtomically(folder / "model.safetensors.index.json", index.dump(2) + "\n");
 }
 
-absl::Status CopyIfThere(const fs::path& from, const fs::path& to,
-                         std::initializer_list<const char*> names) {
+absl::Status CopyIfThere(const fs::path& from, const fs::path& to, std::initializer_list<const char*> names) {
   for (const char* name : names) {
     if (!fs::exists(from / name)) continue;
     SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadFile(from / name, kMaxTokenizerBytes));
@@ -103,12 +99,11 @@ absl::Status CopyIfThere(const fs::path& from, const fs::path& to,
   return absl::OkStatus();
 }
 
-absl::Status WriteTokenizer(const fs::path& folder, const fs::path& tokenizer_dir,
-                            const std::string& chat_template) {
-  SIMPO_RETURN_IF_ERROR(CopyIfThere(
-      tokenizer_dir, folder,
-      {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-       "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"}));
+absl::Status WriteTokenizer(const fs::path& folder, const fs::path& tokenizer_dir, const std::string& chat_template) {
+  SIMPO_RETURN_IF_ERROR(
+      CopyIfThere(tokenizer_dir, folder,
+                  {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"}));
   if (chat_template.empty()) return absl::OkStatus();
   // This file wins over a template within tokenizer_config.json.
   return WriteFileAtomically(folder / "chat_template.jinja", chat_template);
@@ -116,15 +111,13 @@ absl::Status WriteTokenizer(const fs::path& folder, const fs::path& tokenizer_di
 
 }  // namespace
 
-absl::Status ExportHf(const fs::path& final_dir, const ShardedParams& params,
-                      const ModelConfig& config, const fs::path& model_dir,
-                      const fs::path& tokenizer_dir, const std::string& chat_template,
+absl::Status ExportHf(const fs::path& final_dir, const ShardedParams& params, const ModelConfig& config,
+                      const fs::path& model_dir, const fs::path& tokenizer_dir, const std::string& chat_template,
                       Collectives& comm, int64_t max_file_bytes) {
   const auto write = [&]() -> absl::Status {
     const fs::path partial = PartialFolder(final_dir);
     SIMPO_RETURN_IF_ERROR(StartFolder(final_dir));
-    SIMPO_RETURN_IF_ERROR(
-        WriteConfig(model_dir / "config.json", partial / "config.json", params.compute_dtype()));
+    SIMPO_RETURN_IF_ERROR(WriteConfig(model_dir / "config.json", partial / "config.json", params.compute_dtype()));
     SIMPO_RETURN_IF_ERROR(CheckConfig(partial, config, model_dir));
     SIMPO_RETURN_IF_ERROR(CopyIfThere(model_dir, partial, {"generation_config.json"}));
     SIMPO_RETURN_IF_ERROR(WriteTokenizer(partial, tokenizer_dir, chat_template));

@@ -19,8 +19,7 @@ std::string BucketName(const ModelConfig& config, int64_t layer) {
 
 }  // namespace
 
-ShardedParams::ShardedParams(const ModelConfig& config, at::ScalarType compute_dtype, int zero_stage,
-                             Collectives& comm)
+ShardedParams::ShardedParams(const ModelConfig& config, at::ScalarType compute_dtype, int zero_stage, Collectives& comm)
     : compute_dtype_(compute_dtype), zero_stage_(zero_stage), comm_(comm) {
   TORCH_CHECK(zero_stage == 0 || zero_stage == 1, "zero_stage ", zero_stage);
   int64_t current_layer = std::numeric_limits<int64_t>::min();
@@ -43,8 +42,7 @@ ShardedParams::ShardedParams(const ModelConfig& config, at::ScalarType compute_d
     bucket.grads = at::zeros({bucket.numel}, fp32);
     const int64_t begin = zero_stage == 0 ? 0 : comm.rank() * bucket.shard_numel;
     const int64_t length = zero_stage == 0 ? bucket.numel : bucket.shard_numel;
-    bucket.master = compute_dtype == at::kFloat ? bucket.weights.narrow(0, begin, length)
-                                                : at::zeros({length}, fp32);
+    bucket.master = compute_dtype == at::kFloat ? bucket.weights.narrow(0, begin, length) : at::zeros({length}, fp32);
     bucket.exp_avg = at::zeros({length}, fp32);
     bucket.exp_avg_sq = at::zeros({length}, fp32);
     for (ParamSlot& slot : bucket.slots) {
@@ -65,9 +63,8 @@ absl::Status ShardedParams::LoadWeights(const ModelWeightsReader& reader) {
     }
     if (compute_dtype_ != at::kFloat) {
       bucket.weights.copy_(whole);
-      bucket.master.copy_(zero_stage_ == 0
-                              ? whole
-                              : whole.narrow(0, comm_.rank() * bucket.shard_numel, bucket.shard_numel));
+      bucket.master.copy_(zero_stage_ == 0 ? whole
+                                           : whole.narrow(0, comm_.rank() * bucket.shard_numel, bucket.shard_numel));
     }
   }
   return absl::OkStatus();

@@ -1,12 +1,12 @@
 #ifndef SIMPO_WORKER_SHARD_SHARDED_PARAMS_H_
 #define SIMPO_WORKER_SHARD_SHARDED_PARAMS_H_
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "absl/status/status.h"
 #include "worker/comm/collectives.h"
@@ -20,20 +20,20 @@ struct ParamSlot {
   WeightSpec spec;
   int64_t offset = 0;  // elements from the bucket's start; a multiple of kBucketAlignment
   int64_t numel = 0;
-  at::Tensor weight;   // view of Bucket::weights, shape spec.shape, compute dtype
-  at::Tensor grad;     // view of Bucket::grads, same shape, fp32
+  at::Tensor weight;  // view of Bucket::weights, shape spec.shape, compute dtype
+  at::Tensor grad;    // view of Bucket::grads, same shape, fp32
 };
 
 // The parameters of one part of the model (embeddings, one layer, or the head) as one flat array.
 // Padded with zeros to a multiple of world size x kBucketAlignment; rank r owns the contiguous
 // slice [r * shard_numel, (r+1) * shard_numel).
 struct Bucket {
-  std::string name;              // "embeddings", "layer.0", ..., "head"
-  int64_t numel = 0;             // with padding
+  std::string name;   // "embeddings", "layer.0", ..., "head"
+  int64_t numel = 0;  // with padding
   int64_t shard_numel = 0;
   std::vector<ParamSlot> slots;
-  at::Tensor weights;            // [numel], compute dtype; whole on every rank below stage 3
-  at::Tensor grads;              // [numel], fp32; accumulated over the micro-batches of a step
+  at::Tensor weights;  // [numel], compute dtype; whole on every rank below stage 3
+  at::Tensor grads;    // [numel], fp32; accumulated over the micro-batches of a step
   // The rank's share of the optimizer's state, fp32 [shard_numel]; stage 0: [numel]. When weights are
   // fp32, `master` is a view of them.
   at::Tensor master, exp_avg, exp_avg_sq;
@@ -46,8 +46,7 @@ class ShardedParams {
  public:
   // Allocates; weights are zero until LoadWeights or a checkpoint fills them.
   // compute_dtype: at::kFloat or at::kBFloat16. zero_stage: 0 or 1.
-  ShardedParams(const ModelConfig& config, at::ScalarType compute_dtype, int zero_stage,
-                Collectives& comm);
+  ShardedParams(const ModelConfig& config, at::ScalarType compute_dtype, int zero_stage, Collectives& comm);
   ShardedParams(const ShardedParams&) = delete;
   ShardedParams& operator=(const ShardedParams&) = delete;
 

@@ -49,8 +49,7 @@ at::Tensor& Part(Bucket& bucket, int part) {
 }
 
 // Calls f(this rank's piece of a slot, its first element in the slot, base value) for all state.
-void ForEachPiece(ShardedParams& params, int rank,
-                  const std::function<void(at::Tensor, int64_t, int64_t, double)>& f) {
+void ForEachPiece(ShardedParams& params, int rank, const std::function<void(at::Tensor, int64_t, int64_t, double)>& f) {
   for (size_t b = 0; b < params.buckets().size(); ++b) {
     Bucket& bucket = params.buckets()[b];
     const int64_t mine = params.zero_stage() == 0 ? 0 : rank * bucket.shard_numel;
@@ -60,8 +59,7 @@ void ForEachPiece(ShardedParams& params, int rank,
       const int64_t end = std::min(mine + bucket.master.numel(), slot.offset + slot.numel);
       if (begin >= end) continue;
       for (int part = 0; part < 3; ++part) {
-        f(Part(bucket, part).narrow(0, begin - mine, end - begin), begin - slot.offset, slot.numel,
-          BaseOf(b, s, part));
+        f(Part(bucket, part).narrow(0, begin - mine, end - begin), begin - slot.offset, slot.numel, BaseOf(b, s, part));
       }
     }
   }
@@ -86,8 +84,7 @@ void ExpectFilled(ShardedParams& params, int rank, double shift = 0) {
     for (size_t s = 0; s < bucket.slots.size(); ++s) {
       const ParamSlot& slot = bucket.slots[s];
       const at::Tensor master = Values(slot.numel, BaseOf(b, s, 0) + shift);
-      EXPECT_TRUE(at::equal(slot.weight.flatten(), master.to(params.compute_dtype())))
-          << slot.spec.name;
+      EXPECT_TRUE(at::equal(slot.weight.flatten(), master.to(params.compute_dtype()))) << slot.spec.name;
     }
   }
 }
@@ -147,8 +144,8 @@ TEST(Checkpoint, IsResumedBitForBitOnAnyLayout) {
     const TempDir dir;
     Save(dir.path(), 7, from);
     for (const Layout& to : layouts) {
-      SCOPED_TRACE(testing::Message() << from.ranks << " ranks, stage " << from.zero_stage << " to "
-                                      << to.ranks << ", stage " << to.zero_stage);
+      SCOPED_TRACE(testing::Message() << from.ranks << " ranks, stage " << from.zero_stage << " to " << to.ranks
+                                      << ", stage " << to.zero_stage);
       ExpectLoads(dir / "step-000007", to);
     }
   }
@@ -178,8 +175,8 @@ TEST(Checkpoint, IsLaidOutAsDocumented) {
   Save(dir.path(), 120, {.ranks = 2});
   const fs::path path = dir / "step-000120";
   EXPECT_THAT(NamesIn(dir.path()), ElementsAre("step-000120"));
-  EXPECT_THAT(NamesIn(path), ElementsAre("manifest.json", "shard-00000-of-00002.safetensors",
-                                         "shard-00001-of-00002.safetensors"));
+  EXPECT_THAT(NamesIn(path),
+              ElementsAre("manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"));
   std::string text = ReadText(path / "manifest.json");
   const auto manifest = nlohmann::json::parse(text);
   const std::string digest = manifest["manifest_sha256"];
@@ -225,8 +222,7 @@ TEST(Checkpoint, OfAnotherModelNamesTheTensorAndBothShapes) {
   for (const absl::Status& status : LoadStatuses(dir / "step-000001", {.ranks = 2}, wider)) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_THAT(std::string(status.message()),
-                AllOf(HasSubstr("model.layers.0.mlp.gate_proj.weight"), HasSubstr("[24, 12]"),
-                      HasSubstr("[20, 12]")));
+                AllOf(HasSubstr("model.layers.0.mlp.gate_proj.weight"), HasSubstr("[24, 12]"), HasSubstr("[20, 12]")));
   }
   ModelConfig tied = TinyConfig();
   tied.tie_word_embeddings = true;
@@ -236,8 +232,7 @@ TEST(Checkpoint, OfAnotherModelNamesTheTensorAndBothShapes) {
   ModelConfig deeper = TinyConfig();
   deeper.num_layers = 3;
   EXPECT_THAT(std::string(LoadStatuses(dir / "step-000001", {}, deeper)[0].message()),
-              AllOf(HasSubstr("model.layers.2.input_layernorm.weight"),
-                    HasSubstr("does not exist in the checkpoint")));
+              AllOf(HasSubstr("model.layers.2.input_layernorm.weight"), HasSubstr("does not exist in the checkpoint")));
 }
 
 TEST(Checkpoint, ADamagedShardIsAnErrorOnEveryRank) {
@@ -257,11 +252,9 @@ TEST(Checkpoint, ADamagedShardIsAnErrorOnEveryRank) {
     WriteText(shard, good);
   }
   fs::resize_file(shard, good.size() - 1);
-  EXPECT_THAT(std::string(LoadStatuses(dir / "step-000001", {})[0].message()),
-              HasSubstr(shard.string()));
+  EXPECT_THAT(std::string(LoadStatuses(dir / "step-000001", {})[0].message()), HasSubstr(shard.string()));
   fs::remove(shard);
-  EXPECT_THAT(std::string(LoadStatuses(dir / "step-000001", {})[0].message()),
-              HasSubstr(shard.string()));
+  EXPECT_THAT(std::string(LoadStatuses(dir / "step-000001", {})[0].message()), HasSubstr(shard.string()));
 }
 
 TEST(Checkpoint, EveryFlippedByteOfTheManifestIsNoticed) {
@@ -271,8 +264,7 @@ TEST(Checkpoint, EveryFlippedByteOfTheManifestIsNoticed) {
   const std::string good = ReadText(manifest);
   for (size_t byte = 0; byte < good.size(); ++byte) {
     FlipBit(manifest, byte);
-    EXPECT_EQ(ReadManifest(manifest.parent_path()).status().code(), absl::StatusCode::kDataLoss)
-        << byte;
+    EXPECT_EQ(ReadManifest(manifest.parent_path()).status().code(), absl::StatusCode::kDataLoss) << byte;
     WriteText(manifest, good);
   }
   EXPECT_TRUE(ReadManifest(manifest.parent_path()).ok());
@@ -287,24 +279,21 @@ TEST(Checkpoint, AManifestOfOtherFieldsIsRefused) {
   const auto write = [&](nlohmann::ordered_json json) {
     json["manifest_sha256"] = std::string(64, '0');
     std::string text = json.dump(1) + "\n";
-    WriteText(path / "manifest.json",
-              text.replace(text.rfind(std::string(64, '0')), 64, Sha256(text)));
+    WriteText(path / "manifest.json", text.replace(text.rfind(std::string(64, '0')), 64, Sha256(text)));
   };
   write(good);
   ASSERT_TRUE(ReadManifest(path).ok());  // so that what follows fails for its own reason
   for (const auto& [key, value] : good.items()) {
     if (key == "manifest_sha256") continue;
     for (const nlohmann::ordered_json& bad :
-         {nlohmann::ordered_json(nullptr), nlohmann::ordered_json("x"),
-          nlohmann::ordered_json({{"name", 5}}), nlohmann::ordered_json::array({1, "x"}),
-          nlohmann::ordered_json(-1.5e300)}) {
+         {nlohmann::ordered_json(nullptr), nlohmann::ordered_json("x"), nlohmann::ordered_json({{"name", 5}}),
+          nlohmann::ordered_json::array({1, "x"}), nlohmann::ordered_json(-1.5e300)}) {
       auto json = good;
       json[key] = bad;
       // An object is a right type for extra, but not with... a number in it: skip that one pair.
       if (key == "extra" && bad.is_object()) continue;
       write(json);
-      EXPECT_EQ(ReadManifest(path).status().code(), absl::StatusCode::kDataLoss)
-          << key << " = " << bad;
+      EXPECT_EQ(ReadManifest(path).status().code(), absl::StatusCode::kDataLoss) << key << " = " << bad;
     }
   }
   auto elsewhere = good;

@@ -53,7 +53,8 @@ class FakeCoordinator final : public v1::WorkerService::Service {
     {
       const std::lock_guard lock(mutex_);
       hellos_.push_back(request.hello());
-      if (secret != context->client_metadata().end()) secret_ = std::string(secret->second.data(), secret->second.size());
+      if (secret != context->client_metadata().end())
+        secret_ = std::string(secret->second.data(), secret->second.size());
     }
     v1::AttachResponse response;
     response.mutable_welcome()->set_last_stored_step(stored_step_);

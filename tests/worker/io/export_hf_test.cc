@@ -31,8 +31,7 @@ class ExportHfTest : public testing::Test {
   }
 
   // Exports random weights from `ranks` ranks; the statuses by rank.
-  std::vector<absl::Status> Export(int ranks, at::ScalarType dtype,
-                                   const std::string& chat_template,
+  std::vector<absl::Status> Export(int ranks, at::ScalarType dtype, const std::string& chat_template,
                                    int64_t max_file_bytes = 5'000'000'000) {
     std::vector<absl::Status> statuses(ranks);
     at::manual_seed(1);
@@ -46,8 +45,8 @@ class ExportHfTest : public testing::Test {
         at::Tensor weight = params.Find(name).weight;
         weight.copy_(tensor);
       }
-      statuses[comm.rank()] = ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model",
-                                       dir_ / "tokenizer", chat_template, comm, max_file_bytes);
+      statuses[comm.rank()] = ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model", dir_ / "tokenizer",
+                                       chat_template, comm, max_file_bytes);
     });
     return statuses;
   }
@@ -72,9 +71,8 @@ TEST_F(ExportHfTest, WritesAFolderThatDescribesItself) {
     ASSERT_TRUE(status.ok()) << status;
   }
   const fs::path final = dir_ / "final";
-  EXPECT_THAT(NamesIn(final),
-              ElementsAre("chat_template.jinja", "config.json", "generation_config.json",
-                          "model.safetensors", "tokenizer.json", "tokenizer_config.json"));
+  EXPECT_THAT(NamesIn(final), ElementsAre("chat_template.jinja", "config.json", "generation_config.json",
+                                          "model.safetensors", "tokenizer.json", "tokenizer_config.json"));
   EXPECT_EQ(ReadText(final / "chat_template.jinja"), "{{ messages }}");
   EXPECT_EQ(ReadText(final / "tokenizer.json"), R"({"version": "1.0"})");
   json expected = TinyConfigJson();
@@ -111,8 +109,7 @@ TEST_F(ExportHfTest, SplitsLargeModels) {
     const auto file = SafetensorsFile::Open(dir_ / "final" / name);
     ASSERT_TRUE(file.ok()) << file.status();
     int64_t size = 0;
-    for (const auto& entry : (*file)->entries())
-      size += static_cast<int64_t>(entry.end - entry.begin);
+    for (const auto& entry : (*file)->entries()) size += static_cast<int64_t>(entry.end - entry.begin);
     EXPECT_LE(size, 4000) << name;
   }
 }
@@ -133,8 +130,7 @@ TEST_F(ExportHfTest, AnErrorIsAnErrorOnAllRanksAndLeavesTheEarlierExport) {
   other["num_hidden_layers"] = 1;
   WriteText(dir_ / "model/config.json", other.dump());
   const std::vector<absl::Status> statuses = Export(3, at::kFloat, "");
-  EXPECT_THAT(std::string(statuses[0].message()),
-              HasSubstr("model/config.json has changed since the run began"));
+  EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("model/config.json has changed since the run began"));
   for (int rank : {1, 2}) {
     EXPECT_EQ(statuses[rank].code(), absl::StatusCode::kFailedPrecondition);
     EXPECT_THAT(std::string(statuses[rank].message()), HasSubstr("failed on rank 0"));

@@ -138,8 +138,7 @@ TEST_P(ModelConfigRefuses, WithFileFieldAndProblem) {
   const auto config = Read(Patched(GetParam().patch));
   ASSERT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument) << GetParam().patch;
   EXPECT_THAT(std::string(config.status().message()),
-              AllOf(HasSubstr("config.json: "), HasSubstr(GetParam().field),
-                    HasSubstr(GetParam().problem)));
+              AllOf(HasSubstr("config.json: "), HasSubstr(GetParam().field), HasSubstr(GetParam().problem)));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -157,10 +156,9 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{R"({"num_hidden_layers": 0})", "num_hidden_layers", "is not within"},
         Refusal{R"({"num_key_value_heads": 2})", "num_key_value_heads", "does not divide"},
         Refusal{R"({"num_key_value_heads": 6})", "num_key_value_heads", "is not within 1 to 3"},
-        Refusal{R"({"head_dim": null, "num_attention_heads": 5, "num_key_value_heads": 5})",
-                "num_attention_heads", "does not divide hidden_size"},
-        Refusal{R"({"head_dim": 5})", "head_dim", "odd"},
-        Refusal{R"({"rms_norm_eps": 0})", "rms_norm_eps", "above 0"},
+        Refusal{R"({"head_dim": null, "num_attention_heads": 5, "num_key_value_heads": 5})", "num_attention_heads",
+                "does not divide hidden_size"},
+        Refusal{R"({"head_dim": 5})", "head_dim", "odd"}, Refusal{R"({"rms_norm_eps": 0})", "rms_norm_eps", "above 0"},
         Refusal{R"({"tie_word_embeddings": "yes"})", "tie_word_embeddings", "true or false"},
         Refusal{R"({"hidden_act": "gelu"})", "hidden_act", "'gelu' is not supported"},
         Refusal{R"({"dtype": "float8_e4m3fn"})", "dtype", "'float8_e4m3fn' is not supported"},
@@ -168,23 +166,21 @@ INSTANTIATE_TEST_SUITE_P(
         Refusal{R"({"rope_parameters": {"rope_type": "yarn"}})", "rope_type", "'yarn'"},
         Refusal{R"({"rope_scaling": {"type": "dynamic", "factor": 2}})", "rope_type", "'dynamic'"},
         Refusal{R"({"rope_scaling": {"type": "linear"}})", "factor", "is missing"},
-        Refusal{R"({"rope_scaling": {"rope_type": "llama3", "factor": 8}})", "low_freq_factor",
-                "is missing"},
+        Refusal{R"({"rope_scaling": {"rope_type": "llama3", "factor": 8}})", "low_freq_factor", "is missing"},
         Refusal{R"({"rope_scaling": [1]})", "rope_scaling", "JSON object"},
-        Refusal{R"({"rope_parameters": {"full_attention": {"rope_type": "default"}}})",
-                "full_attention", "not supported"},
+        Refusal{R"({"rope_parameters": {"full_attention": {"rope_type": "default"}}})", "full_attention",
+                "not supported"},
         Refusal{R"({"partial_rotary_factor": 0.5})", "partial_rotary_factor", "only 1"},
         Refusal{R"({"model_type": "mistral", "sliding_window": 32})", "sliding_window", "32"},
-        Refusal{R"({"model_type": "mistral", "num_key_value_heads": null})", "num_key_value_heads",
-                "is missing"},
+        Refusal{R"({"model_type": "mistral", "num_key_value_heads": null})", "num_key_value_heads", "is missing"},
         Refusal{R"({"pad_token_id": 37})", "pad_token_id", "is not within"},
         Refusal{R"({"eos_token_id": [2, "x"]})", "eos_token_id", "token ids below 37"}));
 
 TEST(ModelConfig, RefusesWhatIsNoConfig) {
   const TempDir dir;
   EXPECT_EQ(ReadModelConfig(dir.path()).status().code(), absl::StatusCode::kNotFound);
-  for (const std::string& text : {std::string(), std::string("[]"), std::string("{\"a\": "),
-                                  "{\"a\": " + std::string(100000, '[')}) {
+  for (const std::string& text :
+       {std::string(), std::string("[]"), std::string("{\"a\": "), "{\"a\": " + std::string(100000, '[')}) {
     WriteText(dir / "config.json", text);
     const absl::Status status = ReadModelConfig(dir.path()).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << text.substr(0, 20);
@@ -218,13 +214,12 @@ TEST(ModelWeights, NamesEveryTensorOnceInBucketOrder) {
   std::vector<std::string> names;
   for (const WeightSpec& spec : ModelWeights(config)) names.push_back(spec.name);
   const std::string layer = "model.layers.0.";
-  EXPECT_THAT(names,
-              ElementsAre("model.embed_tokens.weight", layer + "input_layernorm.weight",
-                          layer + "self_attn.q_proj.weight", layer + "self_attn.k_proj.weight",
-                          layer + "self_attn.v_proj.weight", layer + "self_attn.o_proj.weight",
-                          layer + "post_attention_layernorm.weight", layer + "mlp.gate_proj.weight",
-                          layer + "mlp.up_proj.weight", layer + "mlp.down_proj.weight",
-                          "model.norm.weight", "lm_head.weight"));
+  EXPECT_THAT(names, ElementsAre("model.embed_tokens.weight", layer + "input_layernorm.weight",
+                                 layer + "self_attn.q_proj.weight", layer + "self_attn.k_proj.weight",
+                                 layer + "self_attn.v_proj.weight", layer + "self_attn.o_proj.weight",
+                                 layer + "post_attention_layernorm.weight", layer + "mlp.gate_proj.weight",
+                                 layer + "mlp.up_proj.weight", layer + "mlp.down_proj.weight", "model.norm.weight",
+                                 "lm_head.weight"));
   config.tie_word_embeddings = true;
   EXPECT_EQ(ModelWeights(config).back().name, "model.norm.weight");
 }

@@ -106,8 +106,7 @@ TEST(WriteSafetensors, ReportsAFullDiskAndAMissingFolder) {
   EXPECT_EQ(full.code(), absl::StatusCode::kResourceExhausted) << full;
   EXPECT_THAT(std::string(full.message()), HasSubstr("/dev/full"));
   const TempDir dir;
-  EXPECT_EQ(WriteSafetensors(dir / "no/x", tensors, {}).status().code(),
-            absl::StatusCode::kNotFound);
+  EXPECT_EQ(WriteSafetensors(dir / "no/x", tensors, {}).status().code(), absl::StatusCode::kNotFound);
 }
 
 struct Hostile {
@@ -139,32 +138,22 @@ std::vector<Hostile> HostileFiles() {
        "repeats the name t"},
       {"no_dtype", one(R"({"shape":[1],"data_offsets":[0,8]})", eight), "needs dtype"},
       {"entry_is_number", one("7", eight), "needs dtype"},
-      {"three_offsets", one(R"({"dtype":"F64","shape":[1],"data_offsets":[0,8,9]})", eight),
-       "needs dtype"},
-      {"negative_offset", one(R"({"dtype":"F64","shape":[1],"data_offsets":[-8,8]})", eight),
-       "needs dtype"},
+      {"three_offsets", one(R"({"dtype":"F64","shape":[1],"data_offsets":[0,8,9]})", eight), "needs dtype"},
+      {"negative_offset", one(R"({"dtype":"F64","shape":[1],"data_offsets":[-8,8]})", eight), "needs dtype"},
       {"unknown_dtype", one(R"({"dtype":"F8_E4M3","shape":[8],"data_offsets":[0,8]})", eight),
        "dtype F8_E4M3 is not supported"},
-      {"negative_size", one(R"({"dtype":"F64","shape":[-1],"data_offsets":[0,8]})", eight),
-       "whole numbers"},
-      {"float_size", one(R"({"dtype":"F64","shape":[1.0],"data_offsets":[0,8]})", eight),
-       "whole numbers"},
-      {"product_wraps_to_8",
-       one(R"({"dtype":"U8","shape":[4294967296,4294967296,8],"data_offsets":[0,8]})", eight),
+      {"negative_size", one(R"({"dtype":"F64","shape":[-1],"data_offsets":[0,8]})", eight), "whole numbers"},
+      {"float_size", one(R"({"dtype":"F64","shape":[1.0],"data_offsets":[0,8]})", eight), "whole numbers"},
+      {"product_wraps_to_8", one(R"({"dtype":"U8","shape":[4294967296,4294967296,8],"data_offsets":[0,8]})", eight),
        "larger than any file"},
-      {"strides_wrap_at_zero",
-       one(R"({"dtype":"U8","shape":[0,4294967296,4294967296],"data_offsets":[0,0]})", ""),
+      {"strides_wrap_at_zero", one(R"({"dtype":"U8","shape":[0,4294967296,4294967296],"data_offsets":[0,0]})", ""),
        "larger than any file"},
-      {"size_wraps_negative",
-       one(R"({"dtype":"U8","shape":[0,18446744073709551615],"data_offsets":[0,0]})", ""),
+      {"size_wraps_negative", one(R"({"dtype":"U8","shape":[0,18446744073709551615],"data_offsets":[0,0]})", ""),
        "larger than any file"},
-      {"reversed", one(R"({"dtype":"F64","shape":[1],"data_offsets":[8,0]})", eight),
-       "ends before it begins"},
-      {"truncated", one(R"({"dtype":"F64","shape":[2],"data_offsets":[0,16]})", eight),
-       "truncated"},
+      {"reversed", one(R"({"dtype":"F64","shape":[1],"data_offsets":[8,0]})", eight), "ends before it begins"},
+      {"truncated", one(R"({"dtype":"F64","shape":[2],"data_offsets":[0,16]})", eight), "truncated"},
       {"offset_wraps",
-       one(R"({"dtype":"U8","shape":[1],"data_offsets":[18446744073709551614,18446744073709551615]})",
-           eight),
+       one(R"({"dtype":"U8","shape":[1],"data_offsets":[18446744073709551614,18446744073709551615]})", eight),
        "truncated"},
       {"wrong_size", one(R"({"dtype":"F32","shape":[1],"data_offsets":[0,8]})", eight),
        "has 8 bytes where its shape needs 4"},
@@ -186,8 +175,7 @@ class HostileSafetensors : public testing::TestWithParam<Hostile> {};
 TEST_P(HostileSafetensors, IsRefusedWithItsName) {
   const absl::Status status = OpenStatus(GetParam().bytes);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
-  EXPECT_THAT(std::string(status.message()),
-              AllOf(HasSubstr("x.safetensors"), HasSubstr(GetParam().problem)));
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("x.safetensors"), HasSubstr(GetParam().problem)));
 }
 
 INSTANTIATE_TEST_SUITE_P(Files, HostileSafetensors, testing::ValuesIn(HostileFiles()),
@@ -198,17 +186,15 @@ TEST(SafetensorsFile, RefusesWhatIsNoFile) {
   EXPECT_EQ(SafetensorsFile::Open(dir / "none").status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(SafetensorsFile::Open(dir.path()).status().code(), absl::StatusCode::kInvalidArgument);
   ASSERT_EQ(mkfifo((dir / "pipe").c_str(), 0600), 0);
-  EXPECT_EQ(SafetensorsFile::Open(dir / "pipe").status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(SafetensorsFile::Open(dir / "pipe").status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 // Bytes changed at random, and cut: every answer is an error, or tensors within the file.
 TEST(SafetensorsFile, SurvivesDamagedBytes) {
   const TempDir dir;
   const auto path = dir / "x.safetensors";
-  ASSERT_TRUE(WriteSafetensors(path, {{"a", at::ones({2, 3})}, {"b", at::ones({4}, at::kLong)}},
-                               {{"format", "pt"}})
-                  .ok());
+  ASSERT_TRUE(
+      WriteSafetensors(path, {{"a", at::ones({2, 3})}, {"b", at::ones({4}, at::kLong)}}, {{"format", "pt"}}).ok());
   const std::string good = ReadText(path);
   std::mt19937 random(7);
   int accepted = 0;
@@ -233,12 +219,9 @@ TEST(SafetensorsFile, SurvivesDamagedBytes) {
 class ShardedModel : public testing::Test {
  protected:
   void SetUp() override {
-    ASSERT_TRUE(WriteSafetensors(dir_ / "model-00001-of-00002.safetensors",
-                                 {{"a", at::full({2}, 1.0F)}}, {})
-                    .ok());
+    ASSERT_TRUE(WriteSafetensors(dir_ / "model-00001-of-00002.safetensors", {{"a", at::full({2}, 1.0F)}}, {}).ok());
     ASSERT_TRUE(WriteSafetensors(dir_ / "model-00002-of-00002.safetensors",
-                                 {{"b", at::full({3}, 2.0F)}, {"ids", at::zeros({3}, at::kLong)}},
-                                 {})
+                                 {{"b", at::full({3}, 2.0F)}, {"ids", at::zeros({3}, at::kLong)}}, {})
                     .ok());
     WriteIndex(R"({"a": "model-00001-of-00002.safetensors",
                    "b": "model-00002-of-00002.safetensors",
@@ -248,9 +231,7 @@ class ShardedModel : public testing::Test {
     WriteText(dir_ / "model.safetensors.index.json",
               R"({"metadata": {"total_size": 20}, "weight_map": )" + weight_map + "}");
   }
-  std::string Problem() {
-    return std::string(ModelWeightsReader::Open(dir_.path()).status().message());
-  }
+  std::string Problem() { return std::string(ModelWeightsReader::Open(dir_.path()).status().message()); }
   TempDir dir_;
 };
 
@@ -276,14 +257,13 @@ TEST_F(ShardedModel, IsReadThroughItsIndex) {
 
 TEST_F(ShardedModel, NamesAMissingShard) {
   std::filesystem::remove(dir_ / "model-00002-of-00002.safetensors");
-  EXPECT_THAT(Problem(), AllOf(HasSubstr("model-00002-of-00002.safetensors"),
-                               HasSubstr("named in model.safetensors.index.json")));
+  EXPECT_THAT(Problem(),
+              AllOf(HasSubstr("model-00002-of-00002.safetensors"), HasSubstr("named in model.safetensors.index.json")));
 }
 
 TEST_F(ShardedModel, NamesATensorThatIsNotWhereTheIndexSays) {
   WriteIndex(R"({"b": "model-00001-of-00002.safetensors"})");
-  EXPECT_THAT(Problem(),
-              AllOf(HasSubstr("index.json: b: is not in model-00001-of-00002.safetensors")));
+  EXPECT_THAT(Problem(), AllOf(HasSubstr("index.json: b: is not in model-00001-of-00002.safetensors")));
 }
 
 TEST_F(ShardedModel, RefusesPathsInTheIndex) {
@@ -306,14 +286,10 @@ TEST_F(ShardedModel, SingleFileWinsAsInTransformers) {
 
 TEST(ModelWeightsReader, RefusesPickleByName) {
   const TempDir dir;
-  const auto problem = [&] {
-    return std::string(ModelWeightsReader::Open(dir.path()).status().message());
-  };
-  EXPECT_THAT(problem(),
-              AllOf(HasSubstr("neither model.safetensors nor"), testing::Not(HasSubstr("pickle"))));
+  const auto problem = [&] { return std::string(ModelWeightsReader::Open(dir.path()).status().message()); };
+  EXPECT_THAT(problem(), AllOf(HasSubstr("neither model.safetensors nor"), testing::Not(HasSubstr("pickle"))));
   WriteText(dir / "pytorch_model.bin", "\x80\x02");
-  EXPECT_THAT(problem(), AllOf(HasSubstr("pytorch_model.bin is a pickle"),
-                               HasSubstr("safe_serialization=True")));
+  EXPECT_THAT(problem(), AllOf(HasSubstr("pytorch_model.bin is a pickle"), HasSubstr("safe_serialization=True")));
 }
 
 }  // namespace

@@ -51,8 +51,7 @@ class ThreadWorld {
       const int64_t slice = tensor.numel() / world_.size_;
       for (int rank = 0; rank < world_.size_; ++rank) {
         if (rank == rank_) continue;
-        tensor.narrow(0, rank * slice, slice)
-            .copy_(world_.tensors_[rank].narrow(0, rank * slice, slice));
+        tensor.narrow(0, rank * slice, slice).copy_(world_.tensors_[rank].narrow(0, rank * slice, slice));
       }
       Barrier();
     }
