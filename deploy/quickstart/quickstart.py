@@ -237,15 +237,16 @@ def print_results(job, dtype, page, began):
     for label, value in rows:
         print(f"  {label:<38}{value(before):>10}{paint('1;32', format(value(after), '>10'))}")
     print()
-    for label, value in (
-        ("model", f"{relative(output / 'final')}  (loads in transformers)"),
-        ("metrics", page),
-        ("steps", f"{relative(output / 'metrics.jsonl')}"),
-        ("logs", f"{relative(output / 'logs')}"),
-        ("time", f"{duration(time.monotonic() - began)}, of which training "
-                 f"{duration(sum(s['step_seconds'] for s in steps))}"),
+    print(f"  {relative(output)}/")
+    for name, what in (
+        ("final/", "the model; loads in transformers"),
+        ("metrics.jsonl", "every step, full precision"),
+        ("logs/", "what each rank said"),
+        page,
     ):
-        print(f"  {label:<9}{value}")
+        print(f"    {name:<18}{what}")
+    seconds = time.monotonic() - began
+    print(f"  {duration(seconds)}, of which training {duration(sum(step['step_seconds'] for step in steps))}")
     print(paint(1, "\n  What to run next"))
     for command in (
         f"build/bin/simpo-coordinator --data-dir {relative(DATA_DIR)}     # and in another terminal:",
@@ -271,7 +272,7 @@ def train(coordinator, keep, began):
     job = train_job(simpoctl, dtype)
     saved = pathlib.Path(job["output_dir"]) / "metrics_page.txt"
     save_metrics_page(coordinator.metrics_page, saved)
-    page = coordinator.metrics_page if keep else f"{relative(saved)}  (the page at its end)"
+    page = ("metrics page", coordinator.metrics_page) if keep else (saved.name, "the page for Prometheus at the end")
     print_results(job, dtype, page, began)
     if keep:
         say(f"the coordinator stays up until Ctrl-C; export SIMPO_ADDRESS={coordinator.address}")
