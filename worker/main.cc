@@ -77,10 +77,15 @@ int EnvLocalRank() { return EnvInt("OMPI_COMM_WORLD_LOCAL_RANK", 0); }
 int EnvLocalSize() { return EnvInt("OMPI_COMM_WORLD_LOCAL_SIZE", 1); }
 
 fs::path CacheDir() {
-  if (const char* dir = std::getenv("SIMPO_CACHE_DIR")) return dir;
-  if (const char* dir = std::getenv("XDG_CACHE_HOME")) return fs::path(dir) / "simpo" / "tokens";
-  const char* home = std::getenv("HOME");
-  return fs::path(home == nullptr ? "." : home) / ".cache" / "simpo" / "tokens";
+  // Set to nothing is not set.
+  const auto folder = [](const char* name) {
+    const char* value = std::getenv(name);
+    return fs::path(value == nullptr ? "" : value);
+  };
+  if (const fs::path dir = folder("SIMPO_CACHE_DIR"); !dir.empty()) return dir;
+  if (const fs::path dir = folder("XDG_CACHE_HOME"); !dir.empty()) return dir / "simpo" / "tokens";
+  const fs::path home = folder("HOME");
+  return (home.empty() ? fs::path(".") : home) / ".cache" / "simpo" / "tokens";
 }
 
 // A file with one rank's output, so that the ranks' lines never mix.
