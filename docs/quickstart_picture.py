@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws what a terminal showed as an SVG picture.
 
-    script -q -c 'stty cols 108 rows 40; deploy/quickstart/run.sh' /tmp/quickstart.log
-    docs/quickstart_picture.py /tmp/quickstart.log docs/quickstart.svg
+    script -f -q -c 'stty cols 100 rows 44; deploy/quickstart/run.sh' quickstart.log
+    docs/quickstart_picture.py quickstart.log docs/quickstart.svg
 
 Standard library only. Knows the control codes that our programs write.
 """
@@ -51,6 +51,8 @@ class Screen:
     def control(self, arguments, code):
         if code == "m":
             for number in map(int, (arguments or "0").split(";")):
+                if number in (38, 48):
+                    break  # an extended colour, which ours do not use
                 self.style = restyle(self.style, number)
         elif code == "A":
             self.row = max(0, self.row - int(arguments or 1))
@@ -112,7 +114,7 @@ def main():
         lines.pop()
     if not lines:
         sys.exit(f"quickstart_picture: {log} shows nothing; record a run with script (see --help)")
-    picture.write_text(svg(lines, "make quickstart"))
+    picture.write_text(svg(lines, "the quickstart in a terminal"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/temp_dir.h"
+
 namespace simpo {
 namespace {
 
@@ -17,21 +19,14 @@ using ::testing::HasSubstr;
 
 class AtomicFile : public ::testing::Test {
  protected:
-  void SetUp() override {
-    const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
-    folder_ = fs::path(::testing::TempDir()) / (std::string("atomic_file_") + test->name());
-    fs::remove_all(folder_);
-    fs::create_directories(folder_);
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   std::vector<std::string> Names() {
     std::vector<std::string> names;
     for (const auto& entry : fs::directory_iterator(folder_)) names.push_back(entry.path().filename());
     return names;
   }
 
-  fs::path folder_;
+  const TempDir temporary_;
+  const fs::path folder_ = temporary_.path();
 };
 
 TEST_F(AtomicFile, WritesAndReplaces) {

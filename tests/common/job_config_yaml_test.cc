@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/job_keys.h"
 #include "tests/common/job_text.h"
+#include "tests/temp_dir.h"
 
 namespace simpo {
 namespace {
@@ -358,19 +359,18 @@ TEST(JobConfigYaml, NoIsAWordThatYamlTakesForFalse) {
 class Paths : public ::testing::Test {
  protected:
   void SetUp() override {
-    folder_ = std::filesystem::path(::testing::TempDir()) / "job_paths";
     std::filesystem::create_directories(folder_ / "jobs");
     std::filesystem::create_directories(folder_ / "data" / "pairs");
     std::ofstream(folder_ / "jobs" / "train.jsonl") << "{}\n";
   }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
 
   std::string Resolved(const std::string& name) {
     const std::string yaml = "model_name_or_path: " + name + "\ndataset_mixer: {owner/data: 1}\n";
     return ParseJobYaml(yaml, {.base_dir = (folder_ / "jobs").string(), .overrides = {}}).config.model_name_or_path;
   }
 
-  std::filesystem::path folder_;
+  const TempDir temporary_;
+  const std::filesystem::path folder_ = temporary_.path();
 };
 
 TEST_F(Paths, RelativeOnesStartAtTheFile) {

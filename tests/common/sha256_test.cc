@@ -4,6 +4,8 @@
 
 #include <fstream>
 
+#include "tests/temp_dir.h"
+
 namespace simpo {
 namespace {
 
@@ -19,7 +21,8 @@ TEST(Sha256, OfText) {
 }
 
 TEST(Sha256, OfFiles) {
-  const std::filesystem::path path = std::filesystem::path(::testing::TempDir()) / "sha256_of_file";
+  const TempDir folder;
+  const std::filesystem::path path = folder / "file";
   std::ofstream(path) << std::string(1000000, 'a');
   EXPECT_EQ(*Sha256OfFile(path), kOfAMillionA);
   std::filesystem::remove(path);

@@ -27,6 +27,7 @@
 #include "coordinator/launcher.h"
 #include "coordinator/metric_store.h"
 #include "coordinator/submission.h"
+#include "tests/temp_dir.h"
 
 namespace simpo {
 
@@ -53,24 +54,6 @@ inline bool Eventually(const std::function<bool()>& condition,
   }
   return true;
 }
-
-// A folder that lives as long as this object.
-class TempDir {
- public:
-  TempDir() {
-    std::string name = (std::filesystem::temp_directory_path() / "simpo-test-XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~TempDir() {
-    std::error_code error;
-    std::filesystem::remove_all(path_, error);
-  }
-  const std::filesystem::path& path() const { return path_; }
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
 
 inline void WriteText(const std::filesystem::path& path, const std::string& text) {
   std::filesystem::create_directories(path.parent_path());
