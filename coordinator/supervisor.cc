@@ -119,6 +119,8 @@ std::map<std::string, std::string> GangEnvironment(const AttemptFiles& files, co
       {"OMPI_MCA_orte_tmpdir_base", scratch},
       {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
       {"OMPI_MCA_hwloc_base_binding_policy", "none"},
+      // A waiting rank gives its core away; other gangs and the threads of its neighbours need it.
+      {"OMPI_MCA_mpi_yield_when_idle", "1"},
   };
 }
 
