@@ -44,8 +44,7 @@ double GlobalGradNorm(const ShardedParams& params, Collectives& comm) {
   double sum = 0;
   for (const Bucket& bucket : params.buckets()) {
     const double norm =
-        at::linalg_vector_norm(params.GradShard(bucket), 2, at::OptionalIntArrayRef(), false, at::kDouble)
-            .item<double>();
+        at::linalg_vector_norm(bucket.grad_shard, 2, at::OptionalIntArrayRef(), false, at::kDouble).item<double>();
     sum += norm * norm;
   }
   if (params.zero_stage() > 0) {
@@ -60,16 +59,15 @@ double ClipCoefficient(double norm, double max_norm) {
   return max_norm > 0 ? std::min(1.0, max_norm / (norm + 1e-6)) : 1.0;
 }
 
-void AdamWStep(ShardedParams& params, const AdamWOptions& options, double learning_rate, double clip, int64_t update,
-               int rank) {
-  const at::Tensor step = at::full({}, static_cast<double>(update), at::kFloat);
-  for (Bucket& bucket : params.buckets()) {
-    at::Tensor grad = params.GradShard(bucket);
+void AdamWStep(ShardedParams& params, const AdamWOptions& options, double learning_rate, double clip, int64_t update) {
+  for (int64_t index = 0; index < params.num_buckets(); ++index) {
+    Bucket& bucket = params.buckets()[index];
+    at::Tensor grad = bucket.grad_shard;
+    const at::Tensor step = at::full({}, static_cast<double>(update), grad.options());
     if (clip != 1.0) grad.mul_(clip);
     const int64_t size = grad.numel();
-    const int64_t shard_begin = params.zero_stage() == 0 ? 0 : rank * bucket.shard_numel;
     std::vector<Range> ranges = {{0, size, false}};
-    if (options.weight_decay != 0) ranges = DecayRanges(bucket, shard_begin, size);
+    if (options.weight_decay != 0) ranges = DecayRanges(bucket, bucket.owned_begin, size);
     for (const Range& range : ranges) {
       auto part = [&](const at::Tensor& whole) {
         return std::vector<at::Tensor>{whole.narrow(0, range.begin, range.end - range.begin)};
@@ -79,6 +77,7 @@ void AdamWStep(ShardedParams& params, const AdamWOptions& options, double learni
                         range.decay ? options.weight_decay : 0.0, options.epsilon, /*amsgrad=*/false,
                         /*maximize=*/false);
     }
+    params.Spread(index);
   }
 }
 

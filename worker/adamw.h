@@ -18,15 +18,15 @@ struct AdamWOptions {
   static AdamWOptions FromConfig(const JobConfig& config);
 };
 
-// L2 norm of the reduced gradients over all ranks. Collective.
+// L2 norm of the reduced gradients (after FinishReduce) over all ranks. Collective.
 double GlobalGradNorm(const ShardedParams& params, Collectives& comm);
 
 // min(1, max_norm / (norm + 1e-6)), as torch's clip_grad_norm_; 1 when max_norm is 0.
 double ClipCoefficient(double norm, double max_norm);
 
-// Multiplies the gradient shards by `clip`, then updates masters and moments. `update` counts from 1.
-void AdamWStep(ShardedParams& params, const AdamWOptions& options, double learning_rate, double clip, int64_t update,
-               int rank);
+// Multiplies the gradient shards by `clip`, then updates masters and moments, bucket by bucket; each is
+// spread to the weights while the next is updated. `update` counts from 1. Collective.
+void AdamWStep(ShardedParams& params, const AdamWOptions& options, double learning_rate, double clip, int64_t update);
 
 }  // namespace simpo
 

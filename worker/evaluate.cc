@@ -45,19 +45,16 @@ std::map<std::string, double> StatsToMetrics(const SimpoStats& stats, const Simp
   return named;
 }
 
-std::map<std::string, double> Evaluate(const Decoder& decoder, const ShardedParams& params,
-                                       const TokenizedDataset& data, const SimpoLoss& loss, int64_t max_tokens,
-                                       int64_t max_pairs, Collectives& comm) {
+std::map<std::string, double> Evaluate(const Decoder& decoder, ShardedParams& params, const TokenizedDataset& data,
+                                       const SimpoLoss& loss, int64_t max_tokens, int64_t max_pairs,
+                                       Collectives& comm) {
   std::vector<int64_t> all(data.size());
   std::iota(all.begin(), all.end(), 0);
   std::vector<int64_t> tokens(data.size());
   for (int64_t i : all) tokens[i] = PackedSize(data[i]);
-  const std::vector<int64_t> mine = BalanceOverRanks(all, tokens, comm.world_size())[comm.rank()];
-  std::vector<int64_t> my_tokens;
-  for (int64_t i : mine) my_tokens.push_back(tokens[i]);
-
   SimpoStats stats;
-  for (const std::vector<int64_t>& indices : MicroBatches(mine, my_tokens, max_tokens, max_pairs)) {
+  for (const std::vector<int64_t>& indices :
+       MicroBatchesOfRank(all, tokens, max_tokens, max_pairs, comm.rank(), comm.world_size())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back(data[i]);
     stats += ForwardOnly(decoder, params, Pack(pairs), loss);

@@ -21,9 +21,8 @@ std::map<std::string, double> StatsToMetrics(const SimpoStats& stats, const Simp
 
 // The loss and metrics (prefix "eval_") over all pairs of a data set, dealt out over the ranks.
 // Collective. `max_tokens` and `max_pairs` bound a micro-batch as in sampler.h.
-std::map<std::string, double> Evaluate(const Decoder& decoder, const ShardedParams& params,
-                                       const TokenizedDataset& data, const SimpoLoss& loss, int64_t max_tokens,
-                                       int64_t max_pairs, Collectives& comm);
+std::map<std::string, double> Evaluate(const Decoder& decoder, ShardedParams& params, const TokenizedDataset& data,
+                                       const SimpoLoss& loss, int64_t max_tokens, int64_t max_pairs, Collectives& comm);
 
 }  // namespace simpo
 

@@ -337,7 +337,7 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
     }
   }
   int provided = 0;
-  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided);
   SetThreads(job.config);
   if (EnvLocalRank() != 0) {
     if (absl::Status status = PrepareRank(flags, job, &options, &made_output_dir); !status.ok()) {

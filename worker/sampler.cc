@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <unordered_map>
 
 namespace simpo {
 namespace {
@@ -80,6 +81,24 @@ std::vector<std::vector<int64_t>> MicroBatches(std::span<const int64_t> pairs, s
     filled += tokens[i];
   }
   return micro_batches;
+}
+
+std::vector<std::vector<int64_t>> MicroBatchesOfRank(std::span<const int64_t> batch, std::span<const int64_t> tokens,
+                                                     int64_t max_tokens, int64_t max_pairs, int rank, int world_size) {
+  std::unordered_map<int64_t, int64_t> tokens_of;
+  for (size_t i = 0; i < batch.size(); ++i) tokens_of[batch[i]] = tokens[i];
+  std::vector<std::vector<int64_t>> mine;
+  size_t most = 0;
+  const auto ranks = BalanceOverRanks(batch, tokens, world_size);
+  for (int r = 0; r < world_size; ++r) {
+    std::vector<int64_t> sizes;
+    for (int64_t pair : ranks[r]) sizes.push_back(tokens_of[pair]);
+    std::vector<std::vector<int64_t>> micro_batches = MicroBatches(ranks[r], sizes, max_tokens, max_pairs);
+    most = std::max(most, micro_batches.size());
+    if (r == rank) mine = std::move(micro_batches);
+  }
+  mine.resize(most);
+  return mine;
 }
 
 }  // namespace simpo

@@ -37,6 +37,11 @@ std::vector<std::vector<int64_t>> BalanceOverRanks(std::span<const int64_t> batc
 std::vector<std::vector<int64_t>> MicroBatches(std::span<const int64_t> pairs, std::span<const int64_t> tokens,
                                                int64_t max_tokens, int64_t max_pairs);
 
+// What `rank` does of `batch`: its micro-batches, with empty ones at the end where another rank has more.
+// Every rank gets as many, so that all walk through the same collectives.
+std::vector<std::vector<int64_t>> MicroBatchesOfRank(std::span<const int64_t> batch, std::span<const int64_t> tokens,
+                                                     int64_t max_tokens, int64_t max_pairs, int rank, int world_size);
+
 }  // namespace simpo
 
 #endif  // SIMPO_WORKER_SAMPLER_H_

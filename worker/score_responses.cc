@@ -28,7 +28,7 @@ class Scorer {
     coefficients_.resize(batch.scored.size());
   }
 
-  int64_t vocab() const { return head_.weight.size(0); }
+  int64_t vocab() const { return head_->shape()[0]; }
 
   // Scores the pairs [first, last), whose rows are [begin, end), at most chunk_rows rows at a time.
   void ScoreGroup(int64_t first, int64_t last, int64_t chunk_rows, at::Tensor* grad_normed_NH) {
@@ -74,7 +74,7 @@ class Scorer {
   }
 
   at::Tensor Logits(int64_t row, int64_t count) const {
-    return at::mm(normed_NH_.narrow(0, row, count), head_.weight.t());
+    return at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
   }
 
   void ReadStats(const at::Tensor& logits, int64_t row, int64_t count, int64_t first, int64_t last) {
@@ -136,8 +136,8 @@ class Scorer {
     logits.index_put_({selection.rows, selection.targets}, at::tensor(values, at::kFloat).to(logits.scalar_type()),
                       /*accumulate=*/true);
     at::Tensor grad = grad_normed_NH.narrow(0, row, count);
-    at::mm_out(grad, logits, head_.weight);
-    AccumulateWeightGrad(head_.grad, logits, normed_NH_.narrow(0, row, count));
+    at::mm_out(grad, logits, head_->value());
+    AccumulateWeightGrad(head_->grad(), logits, normed_NH_.narrow(0, row, count));
   }
 
   const WeightRef& head_;

@@ -150,7 +150,13 @@ absl::Status Run::Load() {
   Phase("load");
   SIMPO_RETURN_IF_ERROR(OpenData());
   const at::ScalarType dtype = ComputeDtype(config_, options_.model);
-  params_ = std::make_unique<ShardedParams>(options_.model, dtype, config_.zero_stage, comm_);
+  params_ = std::make_unique<ShardedParams>(
+      options_.model,
+      ShardingOptions{.compute_dtype = dtype,
+                      .zero_stage = config_.zero_stage,
+                      .reduce_dtype = config_.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat,
+                      .offload_optimizer = config_.offload_optimizer == "cpu"},
+      comm_);
   decoder_ = std::make_unique<Decoder>(options_.model, *params_);
   global_batch_size_ = config_.global_batch_size;
   SIMPO_RETURN_IF_ERROR(Resume());
@@ -264,13 +270,11 @@ std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, Global
     global->chosen_tokens += static_cast<double>(pair.chosen.size()) - pair.chosen_prompt_length;
     *truncated += train_data_->truncated(i) ? 1 : 0;
   }
-  const std::vector<int64_t> mine = BalanceOverRanks(batch, tokens, comm_.world_size())[comm_.rank()];
-  std::vector<int64_t> my_tokens;
-  for (int64_t i : mine) my_tokens.push_back(PackedSize((*train_data_)[i]));
   const int64_t max_tokens =
       config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
   std::vector<PackedBatch> packed;
-  for (const auto& indices : MicroBatches(mine, my_tokens, max_tokens, config_.per_device_train_batch_size)) {
+  for (const auto& indices : MicroBatchesOfRank(batch, tokens, max_tokens, config_.per_device_train_batch_size,
+                                                comm_.rank(), comm_.world_size())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back((*train_data_)[i]);
     packed.push_back(Pack(pairs));
@@ -286,15 +290,17 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
   double flops = 0;
   SimpoStats stats;
   params_->ZeroGrads();
-  for (const PackedBatch& batch : PackMine(sampler_->Batch(step), &global, &truncated)) {
-    stats += ForwardBackward(*decoder_, *params_, batch, loss_, global, config_.gradient_checkpointing);
+  const std::vector<PackedBatch> mine = PackMine(sampler_->Batch(step), &global, &truncated);
+  for (const PackedBatch& batch : mine) {
+    const bool last = &batch == &mine.back();
+    stats += ForwardBackward(*decoder_, *params_, batch, loss_, global, config_.gradient_checkpointing, last);
     const double head = static_cast<double>(options_.model.vocab_size * options_.model.hidden_size);
     const double body =
         static_cast<double>(options_.model.NumParameters()) - head * (options_.model.tie_word_embeddings ? 1 : 2);
     flops += 6 * (body * static_cast<double>(batch.input_ids_T.numel()) +
                   head * static_cast<double>(batch.head_rows_N.numel()));
   }
-  params_->ReduceGrads();
+  params_->FinishReduce();
   const double grad_norm = GlobalGradNorm(*params_, comm_);
   const double clip = ClipCoefficient(grad_norm, config_.max_grad_norm);
   const double learning_rate = schedule_.Rate(step);
@@ -306,8 +312,7 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
         step + 1, metrics["loss"], grad_norm, config_.learning_rate,
         config_.torch_dtype == "bfloat16" ? ", or set torch_dtype: float32" : ""));
   }
-  AdamWStep(*params_, adamw_, learning_rate, clip, step + 1, comm_.rank());
-  params_->GatherWeights();
+  AdamWStep(*params_, adamw_, learning_rate, clip, step + 1);
 
   steps_done_ = step + 1;
   pairs_seen_ += static_cast<int64_t>(stats.pairs);

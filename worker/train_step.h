@@ -12,13 +12,15 @@ namespace simpo {
 // Forward and backward over one micro-batch: adds the gradients of
 //   sum over its pairs of loss / global.pairs + sft_weight * nll(chosen) / global.chosen_tokens
 // to the buckets, and returns the pairs' sums. With `gradient_checkpointing` only each layer's input
-// is kept and the layer is run again on the way back: same result, less memory.
-SimpoStats ForwardBackward(const Decoder& decoder, const ShardedParams& params, const PackedBatch& batch,
-                           const SimpoLoss& loss, const GlobalBatchSize& global, bool gradient_checkpointing);
+// is kept and the layer is run again on the way back: same result, less memory. Collective: every rank
+// walks as many micro-batches, empty ones if need be; `last` says that it is the step's last. The
+// gradients are whole after ShardedParams::FinishReduce.
+SimpoStats ForwardBackward(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch,
+                           const SimpoLoss& loss, const GlobalBatchSize& global, bool gradient_checkpointing,
+                           bool last);
 
-// Forward only.
-SimpoStats ForwardOnly(const Decoder& decoder, const ShardedParams& params, const PackedBatch& batch,
-                       const SimpoLoss& loss);
+// Forward only. Collective in the same way.
+SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss);
 
 }  // namespace simpo
 

@@ -179,14 +179,14 @@ std::map<std::string, at::Tensor> Updates(const Golden& golden, const fs::path& 
   TORCH_CHECK(path.has_value(), "no checkpoint in ", output_dir.string());
   const std::unique_ptr<Collectives> comm = MakeSingleRankCollectives();
   // In fp32 the weights are the masters.
-  ShardedParams params(golden.config, at::kFloat, /*zero_stage=*/0, *comm);
+  ShardedParams params(golden.config, {.zero_stage = 0}, *comm);
   const auto state = LoadCheckpoint(*path, params, *comm);
   TORCH_CHECK(state.ok(), std::string(state.status().message()));
   std::map<std::string, at::Tensor> updates;
   for (const Bucket& bucket : params.buckets()) {
     for (const ParamSlot& slot : bucket.slots) {
       const at::Tensor start = golden.weights->Get(slot.spec.name, slot.spec.shape).value();
-      updates[slot.spec.name] = slot.weight.to(at::kDouble) - start.to(at::kDouble);
+      updates[slot.spec.name] = SlotOf(bucket.weights, slot).to(at::kDouble) - start.to(at::kDouble);
     }
   }
   return updates;

@@ -69,13 +69,13 @@ TEST_F(Mpi, SentBytesAreCounted) {
   const int64_t bytes = 4 * 1000 * size_;
   const int64_t share = bytes / size_ * (size_ - 1);
   at::Tensor tensor = at::zeros({1000 * size_}, at::kFloat);
-  const int64_t before = comm_->bytes_sent();
+  const int64_t before = comm_->sent().total();
   comm_->AllReduce(tensor);
-  EXPECT_EQ(comm_->bytes_sent() - before, 2 * share);
+  EXPECT_EQ(comm_->sent().total() - before, 2 * share);
   comm_->ReduceScatter(tensor);
-  EXPECT_EQ(comm_->bytes_sent() - before, 3 * share);
+  EXPECT_EQ(comm_->sent().total() - before, 3 * share);
   comm_->AllGather(tensor);
-  EXPECT_EQ(comm_->bytes_sent() - before, 4 * share);
+  EXPECT_EQ(comm_->sent().total() - before, 4 * share);
 }
 
 TEST_F(Mpi, AGoldenTrajectory) {

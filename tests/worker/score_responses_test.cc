@@ -13,7 +13,7 @@ namespace {
 struct Head {
   Golden golden{"untied"};
   std::unique_ptr<Collectives> comm = MakeSingleRankCollectives();
-  ShardedParams params{golden.config, at::kFloat, /*zero_stage=*/1, *comm};
+  ShardedParams params{golden.config, ShardingOptions(), *comm};
   PackedBatch batch = Pack(Views(golden.pairs));
   SimpoLoss loss{.label_smoothing = 0.1, .sft_weight = 0.3};
   GlobalBatchSize global{.pairs = 22, .chosen_tokens = 200};
@@ -24,7 +24,7 @@ struct Head {
     const Decoder decoder(golden.config, params);
     return ScoreResponses(decoder, decoder.Embed(batch.input_ids_T), batch, loss, global, with_gradients, max_logits);
   }
-  at::Tensor HeadGrad() const { return params.Find("lm_head.weight").grad.clone(); }
+  at::Tensor HeadGrad() const { return params.Find("lm_head.weight")->grad().clone(); }
 };
 
 // All rows at once, pairs in groups, and pairs cut into pieces of a row (passed over twice).

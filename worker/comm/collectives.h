@@ -4,38 +4,71 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <span>
+#include <utility>
 
 namespace simpo {
 
+// A collective under way. The tensor must not be touched between the call that began it and Wait().
+// Wait on the thread that began it; a handle that goes away waits first and keeps its error to itself.
+class Pending {
+ public:
+  Pending() = default;  // nothing is under way
+  explicit Pending(std::function<void()> wait) : wait_(std::move(wait)) {}
+  Pending(Pending&& other) noexcept : wait_(std::exchange(other.wait_, nullptr)) {}
+  Pending& operator=(Pending&& other) noexcept;
+  ~Pending();
+  // Throws what the collective has met. Once done, nothing happens.
+  void Wait();
+  bool under_way() const { return wait_ != nullptr; }
+
+ private:
+  std::function<void()> wait_;
+};
+
 // What ranks do together: five verbs. Every rank of the world calls them in the same order with
-// tensors of the same size. Tensors are contiguous. Errors throw (a lost peer ends the process).
-// Not thread-safe.
+// tensors of the same size and type. Tensors are contiguous. Errors throw (a lost peer ends the
+// process). Not thread-safe. The verbs that move parameters and gradients also come in two halves, so
+// that they run while the rank computes; they are carried out in the order in which they began.
 class Collectives {
  public:
+  // Bytes that this rank has sent so far, by the ring formula of each verb.
+  struct Traffic {
+    int64_t all_reduce = 0, reduce_scatter = 0, all_gather = 0, broadcast = 0;
+    int64_t total() const { return all_reduce + reduce_scatter + all_gather + broadcast; }
+  };
+
   virtual ~Collectives() = default;
   virtual int rank() const = 0;
   virtual int world_size() const = 0;
 
-  // tensor <- sum over ranks. Element types: float, double, int64.
-  virtual void AllReduce(at::Tensor tensor) = 0;
+  // tensor <- sum over ranks. Element types: float, bfloat16, double, int64.
+  virtual Pending BeginAllReduce(at::Tensor tensor) = 0;
   // The rank's slice [rank * n, (rank+1) * n) of `tensor` (n = numel / world_size) <- its sum over
-  // ranks; the other slices are undefined afterwards. float.
-  virtual void ReduceScatter(at::Tensor tensor) = 0;
+  // ranks; the other slices are undefined afterwards. float, bfloat16.
+  virtual Pending BeginReduceScatter(at::Tensor tensor) = 0;
   // Every slice of `tensor` <- that of the rank that owns it; the own slice is the input. Any type.
-  virtual void AllGather(at::Tensor tensor) = 0;
+  virtual Pending BeginAllGather(at::Tensor tensor) = 0;
   virtual void Broadcast(at::Tensor tensor, int root) = 0;
   virtual void Barrier() = 0;
 
-  // Bytes that this rank has sent so far, by the ring formulas of each verb.
-  int64_t bytes_sent() const { return bytes_sent_; }
+  void AllReduce(at::Tensor tensor) { BeginAllReduce(std::move(tensor)).Wait(); }
+  void ReduceScatter(at::Tensor tensor) { BeginReduceScatter(std::move(tensor)).Wait(); }
+  void AllGather(at::Tensor tensor) { BeginAllGather(std::move(tensor)).Wait(); }
+
+  const Traffic& sent() const { return sent_; }
 
  protected:
-  int64_t bytes_sent_ = 0;
+  // What a ring sends of `tensor` from each rank to carry every slice to all others.
+  int64_t ShareOfOthers(const at::Tensor& tensor) const {
+    return static_cast<int64_t>(tensor.nbytes()) / world_size() * (world_size() - 1);
+  }
+  Traffic sent_;
 };
 
-// MPI on host memory; MPI_Init must have been called.
+// MPI on host memory; MPI_Init_thread with MPI_THREAD_SERIALIZED must have been called. A thread of its
+// own makes every MPI call, so that collectives proceed while the rank computes.
 std::unique_ptr<Collectives> MakeMpiCollectives();
 
 // NCCL on GPU tensors, one GPU per rank; `host` carries the unique id. Only in builds with SIMPO_CUDA.

@@ -1,9 +1,15 @@
+#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <mpi.h>
 
+#include <condition_variable>
+#include <deque>
+#include <future>
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "worker/comm/collectives.h"
 
@@ -18,17 +24,51 @@ void Check(int code, const char* what) {
   throw std::runtime_error(std::string(what) + " failed: " + std::string(text, length));
 }
 
-MPI_Datatype TypeOf(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return MPI_FLOAT;
-    case at::kDouble:
-      return MPI_DOUBLE;
-    case at::kLong:
-      return MPI_INT64_T;
-    default:
-      throw std::invalid_argument("no MPI reduction for this element type");
+// One thread that carries out what it is given, in order.
+class CommThread {
+ public:
+  CommThread() : thread_([this] { Loop(); }) {}
+  ~CommThread() {
+    Add([this] { stop_ = true; }).wait();
+    thread_.join();
   }
+  std::future<void> Add(std::function<void()> work) {
+    std::packaged_task<void()> task(std::move(work));
+    std::future<void> done = task.get_future();
+    {
+      const std::lock_guard lock(mutex_);
+      queue_.push_back(std::move(task));
+    }
+    wake_.notify_one();
+    return done;
+  }
+
+ private:
+  void Loop() {
+    while (!stop_) {
+      std::packaged_task<void()> task;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [this] { return !queue_.empty(); });
+        task = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      task();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::packaged_task<void()>> queue_;
+  bool stop_ = false;  // of the thread itself
+  std::thread thread_;
+};
+
+// MPI has no bf16: the sum is made in fp32 and rounded once per pair of ranks.
+void SumBf16(void* in, void* inout, int* count, MPI_Datatype*) {
+  const auto* a = static_cast<const c10::BFloat16*>(in);
+  auto* b = static_cast<c10::BFloat16*>(inout);
+  for (int i = 0; i < *count; ++i) b[i] = static_cast<float>(a[i]) + static_cast<float>(b[i]);
 }
 
 class MpiCollectives final : public Collectives {
@@ -38,56 +78,92 @@ class MpiCollectives final : public Collectives {
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     Check(MPI_Comm_rank(MPI_COMM_WORLD, &rank_), "MPI_Comm_rank");
     Check(MPI_Comm_size(MPI_COMM_WORLD, &world_size_), "MPI_Comm_size");
+    Check(MPI_Type_contiguous(2, MPI_BYTE, &bf16_), "MPI_Type_contiguous");
+    Check(MPI_Type_commit(&bf16_), "MPI_Type_commit");
+    Check(MPI_Op_create(&SumBf16, /*commute=*/1, &sum_bf16_), "MPI_Op_create");
   }
   int rank() const override { return rank_; }
   int world_size() const override { return world_size_; }
 
-  void AllReduce(at::Tensor tensor) override {
-    if (world_size_ == 1) return;
-    char* data = Data(tensor);
-    const MPI_Datatype type = TypeOf(tensor);
-    const int64_t element_size = static_cast<int64_t>(tensor.element_size());
-    for (int64_t begin = 0; begin < tensor.numel(); begin += kChunk) {
-      const int count = static_cast<int>(std::min(kChunk, tensor.numel() - begin));
-      Check(MPI_Allreduce(MPI_IN_PLACE, data + begin * element_size, count, type, MPI_SUM, MPI_COMM_WORLD),
-            "MPI_Allreduce");
-    }
-    bytes_sent_ += 2 * ShareOfOthers(tensor);
+  Pending BeginAllReduce(at::Tensor tensor) override {
+    if (world_size_ == 1) return {};
+    sent_.all_reduce += 2 * ShareOfOthers(tensor);
+    return Begin([this, tensor, data = Data(tensor), kind = KindOf(tensor)] {
+      const auto element_size = static_cast<int64_t>(tensor.element_size());
+      for (int64_t begin = 0; begin < tensor.numel(); begin += kChunk) {
+        const int count = static_cast<int>(std::min(kChunk, tensor.numel() - begin));
+        Check(MPI_Allreduce(MPI_IN_PLACE, data + begin * element_size, count, kind.type, kind.sum, MPI_COMM_WORLD),
+              "MPI_Allreduce");
+      }
+    });
   }
 
-  void ReduceScatter(at::Tensor tensor) override {
-    if (world_size_ == 1) return;
-    // In place the result lands in slice 0, wherever the rank's own slice is.
-    const int64_t slice = SliceNumel(tensor);
-    Check(MPI_Reduce_scatter_block(MPI_IN_PLACE, Data(tensor), Count(slice), TypeOf(tensor), MPI_SUM, MPI_COMM_WORLD),
-          "MPI_Reduce_scatter_block");
-    if (rank_ != 0) tensor.narrow(0, rank_ * slice, slice).copy_(tensor.narrow(0, 0, slice));
-    bytes_sent_ += ShareOfOthers(tensor);
+  Pending BeginReduceScatter(at::Tensor tensor) override {
+    if (world_size_ == 1) return {};
+    sent_.reduce_scatter += ShareOfOthers(tensor);
+    const int count = Count(SliceNumel(tensor));
+    return Begin([this, tensor, count, data = Data(tensor), kind = KindOf(tensor)] {
+      // In place the result lands in slice 0, wherever the rank's own slice is.
+      Check(MPI_Reduce_scatter_block(MPI_IN_PLACE, data, count, kind.type, kind.sum, MPI_COMM_WORLD),
+            "MPI_Reduce_scatter_block");
+      const size_t bytes = static_cast<size_t>(count) * tensor.element_size();
+      if (rank_ != 0) std::memcpy(data + static_cast<size_t>(rank_) * bytes, data, bytes);
+    });
   }
 
-  void AllGather(at::Tensor tensor) override {
-    if (world_size_ == 1) return;
+  Pending BeginAllGather(at::Tensor tensor) override {
+    if (world_size_ == 1) return {};
+    sent_.all_gather += ShareOfOthers(tensor);
     const int64_t bytes = SliceNumel(tensor) * static_cast<int64_t>(tensor.element_size());
-    Check(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, Data(tensor), Count(bytes / 4), MPI_FLOAT, MPI_COMM_WORLD),
-          "MPI_Allgather");
-    bytes_sent_ += ShareOfOthers(tensor);
+    const bool in_words = bytes % 4 == 0;
+    const int count = Count(in_words ? bytes / 4 : bytes);
+    return Begin([tensor, count, data = Data(tensor), type = in_words ? MPI_FLOAT : MPI_BYTE] {
+      Check(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, data, count, type, MPI_COMM_WORLD), "MPI_Allgather");
+    });
   }
 
   void Broadcast(at::Tensor tensor, int root) override {
     if (world_size_ == 1) return;
-    const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-    char* data = Data(tensor);
-    for (int64_t begin = 0; begin < bytes; begin += kChunk) {
-      const int count = static_cast<int>(std::min(kChunk, bytes - begin));
-      Check(MPI_Bcast(data + begin, count, MPI_BYTE, root, MPI_COMM_WORLD), "MPI_Bcast");
-    }
-    bytes_sent_ += rank_ == root ? bytes : 0;
+    const auto bytes = static_cast<int64_t>(tensor.nbytes());
+    sent_.broadcast += rank_ == root ? bytes : 0;
+    Begin([data = Data(tensor), bytes, root] {
+      for (int64_t begin = 0; begin < bytes; begin += kChunk) {
+        const int count = static_cast<int>(std::min(kChunk, bytes - begin));
+        Check(MPI_Bcast(data + begin, count, MPI_BYTE, root, MPI_COMM_WORLD), "MPI_Bcast");
+      }
+    }).Wait();
   }
 
-  void Barrier() override { Check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier"); }
+  void Barrier() override {
+    Begin([] { Check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier"); }).Wait();
+  }
 
  private:
   static constexpr int64_t kChunk = int64_t{1} << 30;
+
+  struct Kind {
+    MPI_Datatype type;
+    MPI_Op sum;
+  };
+  Kind KindOf(const at::Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case at::kFloat:
+        return {MPI_FLOAT, MPI_SUM};
+      case at::kBFloat16:
+        return {bf16_, sum_bf16_};
+      case at::kDouble:
+        return {MPI_DOUBLE, MPI_SUM};
+      case at::kLong:
+        return {MPI_INT64_T, MPI_SUM};
+      default:
+        throw std::invalid_argument("no MPI reduction for this element type");
+    }
+  }
+
+  Pending Begin(std::function<void()> work) {
+    auto done = std::make_shared<std::future<void>>(thread_.Add(std::move(work)));
+    return Pending([done] { done->get(); });
+  }
 
   static char* Data(const at::Tensor& tensor) {
     TORCH_CHECK(tensor.is_contiguous() && tensor.is_cpu(), "collectives take contiguous host tensors");
@@ -97,9 +173,6 @@ class MpiCollectives final : public Collectives {
     TORCH_CHECK(tensor.numel() % world_size_ == 0, "not divisible by the world size");
     return tensor.numel() / world_size_;
   }
-  int64_t ShareOfOthers(const at::Tensor& tensor) const {
-    return tensor.numel() * static_cast<int64_t>(tensor.element_size()) / world_size_ * (world_size_ - 1);
-  }
   static int Count(int64_t count) {
     TORCH_CHECK(count <= std::numeric_limits<int>::max(), "a slice of more than 2^31 elements");
     return static_cast<int>(count);
@@ -107,23 +180,13 @@ class MpiCollectives final : public Collectives {
 
   int rank_ = 0;
   int world_size_ = 1;
-};
-
-class SingleRankCollectives final : public Collectives {
- public:
-  int rank() const override { return 0; }
-  int world_size() const override { return 1; }
-  void AllReduce(at::Tensor) override {}
-  void ReduceScatter(at::Tensor) override {}
-  void AllGather(at::Tensor) override {}
-  void Broadcast(at::Tensor, int) override {}
-  void Barrier() override {}
+  MPI_Datatype bf16_ = MPI_DATATYPE_NULL;
+  MPI_Op sum_bf16_ = MPI_OP_NULL;
+  CommThread thread_;
 };
 
 }  // namespace
 
 std::unique_ptr<Collectives> MakeMpiCollectives() { return std::make_unique<MpiCollectives>(); }
-
-std::unique_ptr<Collectives> MakeSingleRankCollectives() { return std::make_unique<SingleRankCollectives>(); }
 
 }  // namespace simpo

@@ -80,7 +80,7 @@ struct AttentionFunction : Function<AttentionFunction> {
     ctx->saved_data["query_heads"] = query_heads;
     ctx->saved_data["kv_heads"] = kv_heads;
     ctx->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<PlanHolder>(plan));
-    return out_TAD.view({qkv_TAD.size(0), -1});
+    return out_TAD.flatten(1);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {

@@ -9,31 +9,23 @@
 namespace simpo {
 namespace {
 
-WeightRef Ref(const ParamSlot& slot) { return {slot.weight, slot.grad}; }
-
-WeightRef Find(const ShardedParams& params, const std::string& name) { return Ref(params.Find(name)); }
-
 // `parts` as one weight when each begins where the one before ends; else unchanged.
 std::vector<WeightRef> Fuse(const std::vector<WeightRef>& parts) {
-  std::vector<int64_t> sizes = parts.front().weight.sizes().vec();
+  WeightRef joined = parts.front();
   for (size_t i = 1; i < parts.size(); ++i) {
-    const at::Tensor& before = parts[i - 1].weight;
-    if (parts[i].weight.storage_offset() != before.storage_offset() + before.numel()) return parts;
-    sizes[0] += parts[i].weight.size(0);
+    joined = joined->JoinedWith(*parts[i]);
+    if (!joined) return parts;
   }
-  const at::Tensor& weight = parts.front().weight;
-  const at::Tensor& grad = parts.front().grad;
-  return {{weight.as_strided(sizes, weight.strides(), weight.storage_offset()),
-           grad.as_strided(sizes, grad.strides(), grad.storage_offset())}};
+  return {joined};
 }
 
 Projection MakeProjection(const ShardedParams& params, const std::string& prefix,
                           const std::vector<std::string>& names) {
   Projection projection;
   for (const std::string& name : names) {
-    projection.weights.push_back(Find(params, prefix + name + ".weight"));
+    projection.weights.push_back(params.Find(prefix + name + ".weight"));
     const std::string bias = prefix + name + ".bias";
-    if (params.Has(bias)) projection.biases.push_back(Find(params, bias));
+    if (params.Has(bias)) projection.biases.push_back(params.Find(bias));
   }
   std::vector<WeightRef> weights = Fuse(projection.weights);
   std::vector<WeightRef> biases = projection.biases.empty() ? projection.biases : Fuse(projection.biases);
@@ -52,13 +44,13 @@ at::Tensor Project(const at::Tensor& x, const Projection& projection) {
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, const ShardedParams& params) : config_(config) {
-  embedding_ = Find(params, "model.embed_tokens.weight");
-  final_norm_ = Find(params, "model.norm.weight");
-  head_ = config.tie_word_embeddings ? embedding_ : Find(params, "lm_head.weight");
+  embedding_ = params.Find("model.embed_tokens.weight");
+  final_norm_ = params.Find("model.norm.weight");
+  head_ = config.tie_word_embeddings ? embedding_ : params.Find("lm_head.weight");
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
-    layers_.push_back({.input_norm = Find(params, prefix + "input_layernorm.weight"),
-                       .post_attention_norm = Find(params, prefix + "post_attention_layernorm.weight"),
+    layers_.push_back({.input_norm = params.Find(prefix + "input_layernorm.weight"),
+                       .post_attention_norm = params.Find(prefix + "post_attention_layernorm.weight"),
                        .qkv = MakeProjection(params, prefix + "self_attn.", {"q_proj", "k_proj", "v_proj"}),
                        .output = MakeProjection(params, prefix + "self_attn.", {"o_proj"}),
                        .gate_up = MakeProjection(params, prefix + "mlp.", {"gate_proj", "up_proj"}),
@@ -71,11 +63,13 @@ BatchContext Decoder::MakeContext(const PackedBatch& batch, at::ScalarType compu
           .attention = std::make_shared<const AttentionPlan>(batch.pairs, compute_dtype)};
 }
 
-at::Tensor Decoder::Embed(const at::Tensor& input_ids_T) const { return simpo::Embed(embedding_.weight, input_ids_T); }
+at::Tensor Decoder::Embed(const at::Tensor& input_ids_T) const {
+  return simpo::Embed(embedding_->value(), input_ids_T);
+}
 
 void Decoder::EmbedBackward(const at::Tensor& grad_TH, const at::Tensor& input_ids_T) const {
   // transformers makes the embedding with padding_idx: that row has no gradient as an input.
-  simpo::EmbedBackward(grad_TH, input_ids_T, config_.pad_token_id.value_or(-1), embedding_.grad);
+  simpo::EmbedBackward(grad_TH, input_ids_T, config_.pad_token_id.value_or(-1), embedding_->grad());
 }
 
 at::Tensor Decoder::Layer(int64_t index, const at::Tensor& x_TH, const BatchContext& context) const {

@@ -12,21 +12,29 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
+// A weight among what an operation saves for its backward pass.
+c10::IValue Save(const WeightRef& weight) { return c10::IValue::make_capsule(weight); }
+const Weight& Saved(AutogradContext* ctx, const char* name) {
+  return *c10::static_intrusive_pointer_cast<Weight>(ctx->saved_data[name].toCapsule());
+}
+
 struct LinearFunction : Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, const WeightRef& bias) {
     ctx->save_for_backward({x});
-    ctx->saved_data["weight"] = weight.weight;
-    ctx->saved_data["weight_grad"] = weight.grad;
-    ctx->saved_data["bias_grad"] = bias.grad;
-    return bias.defined() ? at::addmm(bias.weight, x, weight.weight.t()) : at::mm(x, weight.weight.t());
+    ctx->saved_data["weight"] = Save(weight);
+    if (bias) ctx->saved_data["bias"] = Save(bias);
+    return bias ? at::addmm(bias->value(), x, weight->value().t()) : at::mm(x, weight->value().t());
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const at::Tensor x = ctx->get_saved_variables()[0];
     const at::Tensor gy = gradients[0].contiguous();
-    AccumulateWeightGrad(ctx->saved_data["weight_grad"].toTensor(), gy, x);
-    at::Tensor bias_grad = ctx->saved_data["bias_grad"].toTensor();
-    if (bias_grad.defined()) bias_grad.add_(gy.sum(0, /*keepdim=*/false, bias_grad.scalar_type()));
-    return {at::mm(gy, ctx->saved_data["weight"].toTensor()), at::Tensor(), at::Tensor()};
+    const Weight& weight = Saved(ctx, "weight");
+    AccumulateWeightGrad(weight.grad(), gy, x);
+    if (ctx->saved_data.count("bias") > 0) {
+      at::Tensor bias_grad = Saved(ctx, "bias").grad();
+      bias_grad.add_(gy.sum(0, /*keepdim=*/false, bias_grad.scalar_type()));
+    }
+    return {at::mm(gy, weight.value()), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -34,17 +42,16 @@ struct RmsNormFunction : Function<RmsNormFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, double eps) {
     at::Tensor y = at::empty_like(x);
     at::Tensor rstd_T = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-    kernels::RmsNorm(x, weight.weight, eps, y, rstd_T);
+    kernels::RmsNorm(x, weight->value(), eps, y, rstd_T);
     ctx->save_for_backward({x, rstd_T});
-    ctx->saved_data["weight"] = weight.weight;
-    ctx->saved_data["weight_grad"] = weight.grad;
+    ctx->saved_data["weight"] = Save(weight);
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const variable_list saved = ctx->get_saved_variables();
     at::Tensor gx = at::empty_like(saved[0]);
-    kernels::RmsNormBackward(gradients[0].contiguous(), saved[0], ctx->saved_data["weight"].toTensor(), saved[1], gx,
-                             ctx->saved_data["weight_grad"].toTensor());
+    const Weight& weight = Saved(ctx, "weight");
+    kernels::RmsNormBackward(gradients[0].contiguous(), saved[0], weight.value(), saved[1], gx, weight.grad());
     return {gx, at::Tensor(), at::Tensor()};
   }
 };

@@ -3,18 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "worker/shard/sharded_params.h"
+
 namespace simpo {
 
 // The differentiable operations of a decoder layer. Weights are not autograd leaves: the backward
-// pass of each operation adds the weight's gradient straight into its fp32 slot (WeightRef::grad),
-// so no second copy of the gradients ever exists and released weights are never pinned.
-
-// A weight and the place of its gradient; both are views of a bucket. Undefined: absent.
-struct WeightRef {
-  at::Tensor weight;
-  at::Tensor grad;
-  bool defined() const { return weight.defined(); }
-};
+// pass of each operation finds the weight again (Weight::value) and adds its gradient straight into its
+// fp32 place (Weight::grad), so no second copy of the gradients ever exists and released weights are
+// never pinned.
 
 // x [T, in] * weight [out, in]^T + bias [out] -> [T, out]
 at::Tensor Linear(const at::Tensor& x, const WeightRef& weight, const WeightRef& bias = {});

@@ -151,8 +151,7 @@ absl::Status ReadShards(const fs::path& path, const CheckpointManifest& manifest
     const absl::StatusOr<std::unique_ptr<SafetensorsFile>> file = SafetensorsFile::Open(name);
     if (!file.ok()) return absl::DataLossError(file.status().message());
     for (const Bucket& bucket : params.buckets()) {
-      const int64_t mine_begin = params.zero_stage() == 0 ? 0 : comm.rank() * bucket.shard_numel;
-      SIMPO_RETURN_IF_ERROR(ReadOverlap(**file, stored_rank, stored_numel[bucket.name], mine_begin, bucket));
+      SIMPO_RETURN_IF_ERROR(ReadOverlap(**file, stored_rank, stored_numel[bucket.name], bucket.owned_begin, bucket));
     }
   }
   return absl::OkStatus();
@@ -255,7 +254,7 @@ absl::StatusOr<TrainerState> LoadCheckpoint(const fs::path& path, ShardedParams&
   if (status.ok()) status = CheckShardFiles(path, *manifest, comm.rank(), comm.world_size());
   SIMPO_RETURN_IF_ERROR(AgreeOn(status, comm, "checking the checkpoint"));
   SIMPO_RETURN_IF_ERROR(AgreeOn(ReadShards(path, *manifest, params, comm), comm, "reading the checkpoint"));
-  params.GatherWeights();
+  params.SpreadAll();
   return manifest->state;
 }
 

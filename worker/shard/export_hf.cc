@@ -59,12 +59,13 @@ std::vector<NamedTensors> SplitIntoFiles(const ShardedParams& params, size_t max
   size_t bytes = 0;
   for (const Bucket& bucket : params.buckets()) {
     for (const ParamSlot& slot : bucket.slots) {
-      if (bytes > 0 && bytes + slot.weight.nbytes() > max_bytes) {
+      const at::Tensor weight = SlotOf(bucket.weights, slot);
+      if (bytes > 0 && bytes + weight.nbytes() > max_bytes) {
         files.emplace_back();
         bytes = 0;
       }
-      files.back().emplace_back(slot.spec.name, slot.weight);
-      bytes += slot.weight.nbytes();
+      files.back().emplace_back(slot.spec.name, weight);
+      bytes += weight.nbytes();
     }
   }
   return files;
@@ -111,7 +112,7 @@ absl::Status WriteTokenizer(const fs::path& folder, const fs::path& tokenizer_di
 
 }  // namespace
 
-absl::Status ExportHf(const fs::path& final_dir, const ShardedParams& params, const ModelConfig& config,
+absl::Status ExportHf(const fs::path& final_dir, ShardedParams& params, const ModelConfig& config,
                       const fs::path& model_dir, const fs::path& tokenizer_dir, const std::string& chat_template,
                       Collectives& comm, int64_t max_file_bytes) {
   const auto write = [&]() -> absl::Status {
@@ -125,11 +126,13 @@ absl::Status ExportHf(const fs::path& final_dir, const ShardedParams& params, co
     return PublishFolder(final_dir);
   };
   absl::Status status;
+  params.GatherAll();
   if (comm.rank() == 0) {
     status = write();
     std::error_code ignored;  // the error to report is the one before
     if (!status.ok()) fs::remove_all(PartialFolder(final_dir), ignored);
   }
+  params.ReleaseAll();
   return AgreeOn(status, comm, "writing the final model");
 }
 

@@ -20,7 +20,7 @@ namespace simpo {
 // Made in a folder of another name and renamed when whole; an earlier `final_dir` is replaced.
 // Collective: rank 0 writes, an error there is an error on all. FAILED_PRECONDITION when the
 // config.json in `model_dir` is no longer that of `config`.
-absl::Status ExportHf(const std::filesystem::path& final_dir, const ShardedParams& params, const ModelConfig& config,
+absl::Status ExportHf(const std::filesystem::path& final_dir, ShardedParams& params, const ModelConfig& config,
                       const std::filesystem::path& model_dir, const std::filesystem::path& tokenizer_dir,
                       const std::string& chat_template, Collectives& comm, int64_t max_file_bytes = 5'000'000'000);
 

@@ -69,7 +69,7 @@ void Fill(ShardedParams& params, int rank, double shift = 0) {
   ForEachPiece(params, rank, [&](at::Tensor piece, int64_t first, int64_t numel, double base) {
     piece.copy_(Values(numel, base + shift).narrow(0, first, piece.numel()));
   });
-  params.GatherWeights();
+  params.SpreadAll();
 }
 
 void ExpectFilled(ShardedParams& params, int rank, double shift = 0) {
@@ -79,12 +79,14 @@ void ExpectFilled(ShardedParams& params, int rank, double shift = 0) {
     EXPECT_TRUE(at::equal(piece, Values(numel, base + shift).narrow(0, first, piece.numel())));
   });
   EXPECT_GT(elements, 0);
+  params.GatherAll();
   for (size_t b = 0; b < params.buckets().size(); ++b) {
     const Bucket& bucket = params.buckets()[b];
     for (size_t s = 0; s < bucket.slots.size(); ++s) {
       const ParamSlot& slot = bucket.slots[s];
       const at::Tensor master = Values(slot.numel, BaseOf(b, s, 0) + shift);
-      EXPECT_TRUE(at::equal(slot.weight.flatten(), master.to(params.compute_dtype()))) << slot.spec.name;
+      EXPECT_TRUE(at::equal(SlotOf(bucket.weights, slot).flatten(), master.to(params.compute_dtype())))
+          << slot.spec.name;
     }
   }
 }
@@ -105,7 +107,7 @@ TrainerState SomeState(int64_t step) {
 void Save(const fs::path& dir, int64_t step, const Layout& layout, double shift = 0,
           const ModelConfig& config = TinyConfig()) {
   ThreadWorld::Run(layout.ranks, [&](Collectives& comm) {
-    ShardedParams params(config, layout.dtype, layout.zero_stage, comm);
+    ShardedParams params(config, {.compute_dtype = layout.dtype, .zero_stage = layout.zero_stage}, comm);
     Fill(params, comm.rank(), shift);
     const auto path = SaveCheckpoint(dir, params, SomeState(step), comm);
     EXPECT_TRUE(path.ok()) << path.status();
@@ -117,7 +119,7 @@ std::vector<absl::Status> LoadStatuses(const fs::path& path, const Layout& layou
                                        const ModelConfig& config = TinyConfig()) {
   std::vector<absl::Status> statuses(layout.ranks);
   ThreadWorld::Run(layout.ranks, [&](Collectives& comm) {
-    ShardedParams params(config, layout.dtype, layout.zero_stage, comm);
+    ShardedParams params(config, {.compute_dtype = layout.dtype, .zero_stage = layout.zero_stage}, comm);
     statuses[comm.rank()] = LoadCheckpoint(path, params, comm).status();
   });
   return statuses;
@@ -125,7 +127,7 @@ std::vector<absl::Status> LoadStatuses(const fs::path& path, const Layout& layou
 
 void ExpectLoads(const fs::path& path, const Layout& layout, double shift = 0) {
   ThreadWorld::Run(layout.ranks, [&](Collectives& comm) {
-    ShardedParams params(TinyConfig(), layout.dtype, layout.zero_stage, comm);
+    ShardedParams params(TinyConfig(), {.compute_dtype = layout.dtype, .zero_stage = layout.zero_stage}, comm);
     const auto state = LoadCheckpoint(path, params, comm);
     ASSERT_TRUE(state.ok()) << state.status();
     ExpectFilled(params, comm.rank(), shift);
@@ -366,7 +368,7 @@ TEST(SaveCheckpoint, AnErrorOnRankZeroIsAnErrorOnAll) {
   WriteText(dir / "file", "");
   std::vector<absl::Status> statuses(3);
   ThreadWorld::Run(3, [&](Collectives& comm) {
-    ShardedParams params(TinyConfig(), at::kFloat, 1, comm);
+    ShardedParams params(TinyConfig(), ShardingOptions(), comm);
     statuses[comm.rank()] = SaveCheckpoint(dir / "file/x", params, SomeState(1), comm).status();
   });
   EXPECT_THAT(std::string(statuses[0].message()), HasSubstr("file/x/step-000001"));
@@ -382,7 +384,7 @@ TEST(SaveCheckpoint, AnErrorOnAnotherRankIsAnErrorOnAllAndLeavesNothing) {
   Save(dir.path(), 1, {.ranks = 2});
   std::vector<absl::Status> statuses(2);
   ThreadWorld::Run(2, [&](Collectives& comm) {
-    ShardedParams params(TinyConfig(), at::kFloat, 1, comm);
+    ShardedParams params(TinyConfig(), ShardingOptions(), comm);
     // Rank 1 looks for the folder elsewhere, as if the file system were not shared.
     const fs::path seen = comm.rank() == 0 ? dir.path() : dir / "elsewhere";
     statuses[comm.rank()] = SaveCheckpoint(seen, params, SomeState(2), comm).status();

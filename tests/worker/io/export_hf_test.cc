@@ -40,9 +40,9 @@ class ExportHfTest : public testing::Test {
       weights_[spec.name] = at::randn(spec.shape).to(dtype);
     }
     ThreadWorld::Run(ranks, [&](Collectives& comm) {
-      ShardedParams params(TinyConfig(), dtype, 1, comm);
+      ShardedParams params(TinyConfig(), {.compute_dtype = dtype}, comm);
       for (auto& [name, tensor] : weights_) {
-        at::Tensor weight = params.Find(name).weight;
+        at::Tensor weight = params.Find(name)->value();
         weight.copy_(tensor);
       }
       statuses[comm.rank()] = ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model", dir_ / "tokenizer",

@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 
 #include <barrier>
+#include <cmath>
+#include <deque>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -12,7 +14,8 @@
 
 namespace simpo {
 
-// Ranks as threads of one process.
+// Ranks as threads of one process. What is begun is carried out as late as can be, when it or a later
+// verb is waited for: a rank that reads too early sees it.
 class ThreadWorld {
  public:
   explicit ThreadWorld(int size) : size_(size), barrier_(size), tensors_(size) {}
@@ -37,38 +40,79 @@ class ThreadWorld {
     int rank() const override { return rank_; }
     int world_size() const override { return world_.size_; }
 
-    void AllReduce(at::Tensor tensor) override {
+    Pending BeginAllReduce(at::Tensor tensor) override {
+      sent_.all_reduce += 2 * ShareOfOthers(tensor);
+      return Begin([this, tensor] { SumOverRanks(tensor); });
+    }
+    Pending BeginReduceScatter(at::Tensor tensor) override {
+      sent_.reduce_scatter += ShareOfOthers(tensor);
+      return Begin([this, tensor] {
+        SumOverRanks(tensor);
+        // Only the own slice is defined.
+        const int64_t slice = tensor.numel() / world_.size_;
+        for (int rank = 0; rank < world_.size_; ++rank) {
+          if (rank != rank_) tensor.narrow(0, rank * slice, slice).fill_(std::nan(""));
+        }
+      });
+    }
+    Pending BeginAllGather(at::Tensor tensor) override {
+      sent_.all_gather += ShareOfOthers(tensor);
+      return Begin([this, tensor] { GatherSlices(tensor); });
+    }
+    void Broadcast(at::Tensor tensor, int root) override {
+      CarryOut(queue_.size());
+      Share(tensor);
+      if (rank_ != root) tensor.copy_(world_.tensors_[root]);
+      Meet();
+    }
+    void Barrier() override {
+      CarryOut(queue_.size());
+      Meet();
+    }
+
+   private:
+    Pending Begin(std::function<void()> work) {
+      queue_.push_back(std::move(work));
+      ++begun_;
+      return Pending([this, until = begun_] {
+        if (until > done_) CarryOut(until - done_);
+      });
+    }
+    void CarryOut(size_t count) {
+      for (size_t i = 0; i < count; ++i) {
+        const std::function<void()> work = std::move(queue_.front());
+        queue_.pop_front();
+        ++done_;
+        work();
+      }
+    }
+
+    void SumOverRanks(at::Tensor tensor) {
       Share(tensor);
       at::Tensor sum = world_.tensors_[0].clone();
       for (int rank = 1; rank < world_.size_; ++rank) sum.add_(world_.tensors_[rank]);
-      Barrier();  // all have read
+      Meet();  // all have read
       tensor.copy_(sum);
-      Barrier();  // all have written: nobody shares the next tensor before
+      Meet();  // all have written: nobody shares the next tensor before
     }
-    void ReduceScatter(at::Tensor tensor) override { AllReduce(tensor); }
-    void AllGather(at::Tensor tensor) override {
+    void GatherSlices(at::Tensor tensor) {
       Share(tensor);
       const int64_t slice = tensor.numel() / world_.size_;
       for (int rank = 0; rank < world_.size_; ++rank) {
         if (rank == rank_) continue;
         tensor.narrow(0, rank * slice, slice).copy_(world_.tensors_[rank].narrow(0, rank * slice, slice));
       }
-      Barrier();
+      Meet();
     }
-    void Broadcast(at::Tensor tensor, int root) override {
-      Share(tensor);
-      if (rank_ != root) tensor.copy_(world_.tensors_[root]);
-      Barrier();
-    }
-    void Barrier() override { world_.barrier_.arrive_and_wait(); }
-
-   private:
     void Share(const at::Tensor& tensor) {
       world_.tensors_[rank_] = tensor;
-      Barrier();
+      Meet();
     }
+    void Meet() { world_.barrier_.arrive_and_wait(); }
     ThreadWorld& world_;
     const int rank_;
+    std::deque<std::function<void()>> queue_;  // begun, not carried out
+    size_t begun_ = 0, done_ = 0;
   };
 
   const int size_;
