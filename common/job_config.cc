@@ -116,14 +116,16 @@ const JobKeyRow kRows[] = {
       "Keep only each layer's input and compute the layer again on the way back: less memory, same result."},
      &C::gradient_checkpointing},
 
-    {{"zero_stage", "integer", "1", "", "0 to 1", "Sharding",
-      "What is split over the ranks. 0: nothing; 1: masters and moments of the optimizer; 2 and 3 are not supported "
-      "yet."},
+    {{"zero_stage", "integer", "1", "", "0 to 3", "Sharding",
+      "What is split over the ranks (ZeRO). 0: nothing; 1: masters and moments of the optimizer; 2: gradients too; 3: "
+      "weights too. Less memory with each, more traffic from 2 on; the result is the same."},
      &C::zero_stage},
-    {{"offload_optimizer", "string", "none", "", "none", "Sharding", "Where the optimizer's state lives."},
+    {{"offload_optimizer", "string", "none", "", "none | cpu", "Sharding",
+      "cpu: masters, moments and accumulated gradients live in host memory, and the optimizer runs there."},
      &C::offload_optimizer},
-    {{"reduce_dtype", "string", "float32", "", "float32", "Sharding",
-      "Type in which gradients are summed over the ranks."},
+    {{"reduce_dtype", "string", "float32", "", "float32 | bfloat16", "Sharding",
+      "Type in which gradients travel to be summed over the ranks; bfloat16 halves the traffic and rounds. They are "
+      "accumulated in float32 all the same."},
      &C::reduce_dtype},
     {{"deterministic", "boolean", "false", "", "", "Sharding", "Same layout, same bits. Always so on the CPU."},
      &C::deterministic},

@@ -72,9 +72,9 @@ gradient_accumulation_steps: 8
 global_batch_size: 32
 max_tokens_per_micro_batch: 4096
 gradient_checkpointing: true
-zero_stage: 0
-offload_optimizer: none
-reduce_dtype: float32
+zero_stage: 3
+offload_optimizer: cpu
+reduce_dtype: bfloat16
 deterministic: true
 resources: {nodes: 1, ranks_per_node: 2, device: cpu, threads_per_rank: 1}
 do_eval: false
@@ -110,8 +110,7 @@ TEST(JobConfigYaml, ReadsEveryKey) {
   EXPECT_EQ(config.output_dir, "./out");
   EXPECT_EQ(config.resume_from_checkpoint, "true");
   // The text above must grow with the table: no key may still have its default, but those with one value.
-  const std::set<std::string_view> one_value = {"launcher",     "compat",          "offload_optimizer",
-                                                "reduce_dtype", "resources.nodes", "resources.device"};
+  const std::set<std::string_view> one_value = {"launcher", "compat", "resources.nodes", "resources.device"};
   const JobConfig defaults;
   for (const JobKeyRow& row : JobKeyRows()) {
     if (one_value.contains(row.key.name)) continue;
@@ -225,7 +224,7 @@ TEST(JobConfigYaml, EveryMistakeIsToldAtOnce) {
       "  nodes: 3\n"              // 13
       "label_smoothing: 0.5\n"    // 14
       "dataset_splits: {a: b}\n"  // 15
-      "zero_stage: 3\n"           // 16
+      "zero_stage: 4\n"           // 16
       "labels: word\n"            // 17
       "seed: [1, 2]\n");          // 18
   EXPECT_THAT(Problems(job),
@@ -238,7 +237,7 @@ TEST(JobConfigYaml, EveryMistakeIsToldAtOnce) {
                           "12: resources.rank_per_node: unknown key; did you mean resources.ranks_per_node?",
                           "13: resources.nodes: must be 1 (others are not supported yet), not 3",
                           "14: label_smoothing: must be 0 to below 0.5, not 0.5",
-                          "15: dataset_splits: must be a list of words", "16: zero_stage: must be 0 to 1, not 3",
+                          "15: dataset_splits: must be a list of words", "16: zero_stage: must be 0 to 3, not 4",
                           "17: labels: must be a map of word to word", "18: seed: must be one integer"));
 }
 

@@ -23,6 +23,8 @@ class Mpi : public testing::Test {
   const int size_ = comm_->world_size();
   // 1 + 2 + ... + size
   const int64_t sum_ = static_cast<int64_t>(size_) * (size_ + 1) / 2;
+
+  void RunGoldenTrajectory(int zero_stage, bool offload);
 };
 
 TEST_F(Mpi, AllReduceSums) {
@@ -78,7 +80,51 @@ TEST_F(Mpi, SentBytesAreCounted) {
   EXPECT_EQ(comm_->sent().total() - before, 4 * share);
 }
 
+// Sums of small integers, exact in bf16.
+TEST_F(Mpi, Bf16IsSummed) {
+  for (const int64_t slice : {16, 4096}) {
+    const at::Tensor base = at::arange(slice * size_, at::kLong).remainder(32).to(at::kBFloat16);
+    at::Tensor scattered = base * (rank_ + 1);
+    comm_->ReduceScatter(scattered);
+    EXPECT_TRUE(at::equal(scattered.narrow(0, rank_ * slice, slice), base.narrow(0, rank_ * slice, slice) * sum_));
+    at::Tensor reduced = base * (rank_ + 1);
+    comm_->AllReduce(reduced);
+    EXPECT_TRUE(at::equal(reduced, base * sum_));
+  }
+}
+
+// Many under way at once, waited for from the last to the first, some by their handle's end only.
+TEST_F(Mpi, WhatIsBegunRunsInOrderWhateverIsWaitedForFirst) {
+  constexpr int64_t kSlice = 4096;
+  std::vector<at::Tensor> sums, wholes;
+  std::vector<Pending> pending;
+  for (int i = 0; i < 20; ++i) {
+    sums.push_back(at::full({kSlice * size_}, (rank_ + 1) * (i + 1), at::kFloat));
+    wholes.push_back(at::full({kSlice * size_}, rank_ + 100 * i, at::kFloat));
+    pending.push_back(comm_->BeginReduceScatter(sums.back()));
+    pending.push_back(comm_->BeginAllGather(wholes.back()));
+  }
+  at::Tensor vote = at::ones({1}, at::kLong);
+  comm_->AllReduce(vote);
+  EXPECT_EQ(vote.item<int64_t>(), size_);
+  for (size_t i = pending.size(); i-- > 10;) pending[i].Wait();
+  pending.clear();
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_TRUE(at::equal(sums[i].narrow(0, rank_ * kSlice, kSlice), at::full({kSlice}, sum_ * (i + 1), at::kFloat)));
+    for (int rank = 0; rank < size_; ++rank) {
+      EXPECT_TRUE(
+          at::equal(wholes[i].narrow(0, rank * kSlice, kSlice), at::full({kSlice}, rank + 100 * i, at::kFloat)));
+    }
+  }
+}
+
+// At every stage; 3 and offload together too.
 TEST_F(Mpi, AGoldenTrajectory) {
+  for (const int zero_stage : {0, 1, 2, 3}) RunGoldenTrajectory(zero_stage, /*offload=*/zero_stage == 3);
+}
+
+void Mpi::RunGoldenTrajectory(int zero_stage, bool offload) {
+  SCOPED_TRACE(testing::Message() << "stage " << zero_stage);
   at::set_num_threads(1);
   const Golden golden("tied");
   const nlohmann::json& trajectory = golden.Trajectory("smoothing_sft_decay_cosine");
@@ -98,6 +144,8 @@ TEST_F(Mpi, AGoldenTrajectory) {
                        .model_dir = golden.dir,
                        .tokenizer_dir = golden.dir,
                        .model = golden.config};
+  options.config.zero_stage = zero_stage;
+  options.config.offload_optimizer = offload ? "cpu" : "none";
   options.data.train_cache = output / "train.tokens";
   const absl::StatusOr<TrainOutcome> outcome = Train(options, *comm_);
   ASSERT_TRUE(outcome.ok()) << outcome.status();
@@ -119,7 +167,8 @@ TEST_F(Mpi, AGoldenTrajectory) {
 
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
-  MPI_Init(&argc, &argv);
+  int provided = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &provided);
   const int result = RUN_ALL_TESTS();
   MPI_Finalize();
   return result;

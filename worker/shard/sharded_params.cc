@@ -173,6 +173,11 @@ void ShardedParams::ZeroGrads() {
 
 void ShardedParams::OpenGrads(int64_t index) {
   Bucket& bucket = buckets_[index];
+  // The micro-batch before may have left them travelling.
+  const bool travelling =
+      options_.shards_gradients() &&
+      std::any_of(reductions_.begin(), reductions_.end(), [&](const Reduction& r) { return r.index == index; });
+  if (travelling) FinishReduce();
   if (bucket.grads.defined()) return;
   bucket.grads = at::zeros({bucket.numel}, bucket.weight_shard.options().dtype(at::kFloat));
   open_grad_bytes_ += static_cast<int64_t>(bucket.grads.nbytes());
