@@ -31,6 +31,7 @@
 #include "common/job_config_yaml.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "worker/advice.h"
 #include "worker/comm/collectives.h"
 #include "worker/coordinator_client.h"
 #include "worker/data/prepare.h"
@@ -252,9 +253,25 @@ absl::Status DumpTokens(const fs::path& cache, const fs::path& path) {
   return absl::OkStatus();
 }
 
+// Whether this machine's memory holds the model's tensors, before anything is made ready for them.
+absl::Status CheckMemory(const TrainOptions& options) {
+  const JobConfig& config = options.config;
+  const ShardingOptions sharding = ShardingOf(config, options.model);
+  const int ranks = EnvInt("OMPI_COMM_WORLD_SIZE", 1);
+  const MemoryNeed need = EstimateMemory(options.model.NumParameters(), sharding, ranks, EnvLocalSize());
+  const HostMemory memory = ReadHostMemory();
+  if (memory.total == 0) return absl::OkStatus();
+  if (const auto advice = MemoryAdvice(need, sharding, memory.total)) return absl::FailedPreconditionError(*advice);
+  if (const auto advice = MemoryAdvice(need, sharding, memory.available)) {
+    std::fprintf(stderr, "warning: %s (of which other programs hold a part)\n", advice->c_str());
+  }
+  return absl::OkStatus();
+}
+
 // The checks and the tokenising that need no other rank.
 absl::Status CheckInputs(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
   SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+  SIMPO_RETURN_IF_ERROR(CheckMemory(*options));
   SIMPO_RETURN_IF_ERROR(CheckWeights(*options));
   SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
   return CheckTokens(*options);

@@ -15,13 +15,16 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "common/atomic_file.h"
 #include "common/job_config_yaml.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "worker/adamw.h"
+#include "worker/advice.h"
 #include "worker/data/tokenized_dataset.h"
 #include "worker/evaluate.h"
+#include "worker/find_nonfinite.h"
 #include "worker/lr_schedule.h"
 #include "worker/metrics_log.h"
 #include "worker/model/decoder.h"
@@ -97,7 +100,15 @@ class Run {
   absl::Status Resume();
   absl::Status OpenLogs();
   void WriteManifest();
+  int64_t max_tokens() const {
+    return config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
+  }
+  std::vector<std::vector<int64_t>> MicroBatchesOf(const std::vector<int64_t>& batch, int rank) const;
   std::vector<PackedBatch> PackMine(const std::vector<int64_t>& batch, GlobalBatchSize* global, int64_t* truncated);
+  absl::Status Diverged(int64_t step, double loss, double grad_norm, const std::vector<PackedBatch>& mine);
+  void Advise(const std::vector<std::string>& advice) {
+    for (const std::string& text : advice) Event("advice", text);
+  }
   absl::StatusOr<Metrics> Step(int64_t step);
   Agreement Agree();
   absl::Status RunEvaluation(int64_t steps_done);
@@ -125,8 +136,10 @@ class Run {
   std::unique_ptr<Decoder> decoder_;
   std::optional<BatchSampler> sampler_;
   LrSchedule schedule_;
+  std::optional<Advisor> advisor_;
   std::optional<MetricsLog> metrics_log_, eval_metrics_log_;
 
+  std::map<std::string, double> resumed_state_;  // TrainerState::extra of the checkpoint
   int64_t global_batch_size_ = 0;
   int64_t total_steps_ = 0;
   int64_t steps_done_ = 0;
@@ -150,13 +163,7 @@ absl::Status Run::Load() {
   Phase("load");
   SIMPO_RETURN_IF_ERROR(OpenData());
   const at::ScalarType dtype = ComputeDtype(config_, options_.model);
-  params_ = std::make_unique<ShardedParams>(
-      options_.model,
-      ShardingOptions{.compute_dtype = dtype,
-                      .zero_stage = config_.zero_stage,
-                      .reduce_dtype = config_.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat,
-                      .offload_optimizer = config_.offload_optimizer == "cpu"},
-      comm_);
+  params_ = std::make_unique<ShardedParams>(options_.model, ShardingOf(config_, options_.model), comm_);
   decoder_ = std::make_unique<Decoder>(options_.model, *params_);
   global_batch_size_ = config_.global_batch_size;
   SIMPO_RETURN_IF_ERROR(Resume());
@@ -167,6 +174,8 @@ absl::Status Run::Load() {
                      : static_cast<int64_t>(
                            std::ceil(config_.num_train_epochs * static_cast<double>(sampler_->steps_per_epoch())));
   schedule_ = LrSchedule::FromConfig(config_, total_steps_);
+  advisor_.emplace(config_, total_steps_);
+  advisor_->Restore(resumed_state_);
   gemm_peak_ = MeasureGemmPeak(dtype);
   SIMPO_RETURN_IF_ERROR(OpenLogs());
   WriteManifest();
@@ -174,6 +183,7 @@ absl::Status Run::Load() {
         absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters", train_data_->size(),
                         total_steps_, global_batch_size_, comm_.world_size(), dtype == at::kFloat ? "fp32" : "bf16",
                         config_.zero_stage, options_.model.NumParameters()));
+  if (is_root()) Advise(advisor_->BeforeTraining());
   return absl::OkStatus();
 }
 
@@ -195,6 +205,7 @@ absl::Status Run::Resume() {
   }
   SIMPO_ASSIGN_OR_RETURN(const TrainerState state, LoadCheckpoint(*from, *params_, comm_));
   steps_done_ = state.step;
+  resumed_state_ = state.extra;
   pairs_seen_ = state.pairs_seen;
   tokens_seen_ = state.tokens_seen;
   if (auto it = state.extra.find("last_evaluation"); it != state.extra.end()) {
@@ -259,27 +270,45 @@ void Run::WriteManifest() {
   ThrowIfError(WriteFileAtomically(options_.output_dir / "run_manifest.json", manifest.dump(2) + "\n"));
 }
 
+// The pairs of each micro-batch of `rank`.
+std::vector<std::vector<int64_t>> Run::MicroBatchesOf(const std::vector<int64_t>& batch, int rank) const {
+  std::vector<int64_t> tokens;
+  for (int64_t i : batch) tokens.push_back(PackedSize((*train_data_)[i]));
+  return MicroBatchesOfRank(batch, tokens, max_tokens(), config_.per_device_train_batch_size, rank, comm_.world_size());
+}
+
 // This rank's share of a global batch as packed micro-batches, and the whole batch's sizes.
 std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, GlobalBatchSize* global, int64_t* truncated) {
-  std::vector<int64_t> tokens;
   *global = {.pairs = static_cast<double>(batch.size()), .chosen_tokens = 0};
   *truncated = 0;
   for (int64_t i : batch) {
     const TokenizedPair pair = (*train_data_)[i];
-    tokens.push_back(PackedSize(pair));
     global->chosen_tokens += static_cast<double>(pair.chosen.size()) - pair.chosen_prompt_length;
     *truncated += train_data_->truncated(i) ? 1 : 0;
   }
-  const int64_t max_tokens =
-      config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
   std::vector<PackedBatch> packed;
-  for (const auto& indices : MicroBatchesOfRank(batch, tokens, max_tokens, config_.per_device_train_batch_size,
-                                                comm_.rank(), comm_.world_size())) {
+  for (const auto& indices : MicroBatchesOf(batch, comm_.rank())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back((*train_data_)[i]);
     packed.push_back(Pack(pairs));
   }
   return packed;
+}
+
+// Nothing of the step is kept: says where the first number that is none arose, and what to do.
+absl::Status Run::Diverged(int64_t step, double loss, double grad_norm, const std::vector<PackedBatch>& mine) {
+  const NonFinite where = FindNonFinite(*decoder_, *params_, mine, loss_, comm_);
+  std::string rows;
+  if (where.kind == NonFinite::Kind::kActivation) {
+    const auto micro_batches = MicroBatchesOf(sampler_->Batch(step), where.rank);
+    rows =
+        absl::StrCat(" (pairs ", absl::StrJoin(micro_batches[where.micro_batch], ", "), " of the train data, from 0)");
+  }
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "step %d: loss %g, gradient norm %g: the run has diverged; nothing was updated. First not finite: %s%s. Lower "
+      "learning_rate (%g)%s",
+      step + 1, loss, grad_norm, where.ToString(options_.model.num_layers), rows, config_.learning_rate,
+      params_->compute_dtype() == at::kBFloat16 ? ", or set torch_dtype: float32" : ""));
 }
 
 // One optimizer step over one global batch.
@@ -307,10 +336,7 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
   stats = AllReduceStats(stats, comm_);
   Metrics metrics = StatsToMetrics(stats, loss_, "");
   if (!std::isfinite(metrics["loss"]) || !std::isfinite(grad_norm)) {
-    return absl::InvalidArgumentError(absl::StrFormat(
-        "step %d: loss %g, gradient norm %g: the run has diverged; nothing was updated. Lower learning_rate (%g)%s",
-        step + 1, metrics["loss"], grad_norm, config_.learning_rate,
-        config_.torch_dtype == "bfloat16" ? ", or set torch_dtype: float32" : ""));
+    return Diverged(step, metrics["loss"], grad_norm, mine);
   }
   AdamWStep(*params_, adamw_, learning_rate, clip, step + 1);
 
@@ -351,10 +377,8 @@ absl::Status Run::RunEvaluation(int64_t steps_done) {
   if (eval_data_ == nullptr || last_evaluation_ == steps_done) return absl::OkStatus();
   Phase("eval");
   const auto begin = Clock::now();
-  const int64_t max_tokens =
-      config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
   Metrics metrics =
-      Evaluate(*decoder_, *params_, *eval_data_, loss_, max_tokens, config_.per_device_eval_batch_size, comm_);
+      Evaluate(*decoder_, *params_, *eval_data_, loss_, max_tokens(), config_.per_device_eval_batch_size, comm_);
   metrics["epoch"] = sampler_->Epoch(steps_done);
   metrics["eval_seconds"] = Seconds(begin);
   last_evaluation_ = steps_done;
@@ -379,6 +403,7 @@ absl::Status Run::Checkpoint(int64_t steps_done, bool for_recovery) {
                      .seed = config_.seed,
                      .extra = {{"last_evaluation", static_cast<double>(last_evaluation_)}}};
   if (for_recovery) state.extra["recovery"] = 1;
+  if (is_root()) state.extra.merge(advisor_->State());
   SIMPO_ASSIGN_OR_RETURN(const std::filesystem::path path, SaveCheckpoint(checkpoints_dir(), *params_, state, comm_));
   last_checkpoint_ = Clock::now();
   if (is_root()) {
@@ -418,6 +443,7 @@ absl::StatusOr<TrainOutcome> Run::Loop() {
       if (steps_done_ % config_.logging_steps == 0) std::puts(MetricsLine(steps_done_, metrics).c_str());
       std::fflush(stdout);
       if (options_.coordinator != nullptr) options_.coordinator->ReportStep("train", steps_done_, metrics);
+      Advise(advisor_->AfterStep(steps_done_, metrics));
     }
     Phase("train");
     const Agreement agreement = Agree();
@@ -445,6 +471,13 @@ absl::Status Run::Finish() {
 }
 
 }  // namespace
+
+ShardingOptions ShardingOf(const JobConfig& config, const ModelConfig& model) {
+  return {.compute_dtype = ComputeDtype(config, model),
+          .zero_stage = config.zero_stage,
+          .reduce_dtype = config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat,
+          .offload_optimizer = config.offload_optimizer == "cpu"};
+}
 
 absl::StatusOr<TrainOutcome> Train(const TrainOptions& options, Collectives& comm) {
   Run run(options, comm);

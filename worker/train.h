@@ -10,6 +10,7 @@
 #include "worker/coordinator_client.h"
 #include "worker/data/prepare.h"
 #include "worker/model/model_config.h"
+#include "worker/shard/sharded_params.h"
 
 namespace simpo {
 
@@ -25,6 +26,9 @@ struct TrainOptions {
   const std::atomic<bool>* stop_requested = nullptr;  // set by a signal
   CoordinatorClient* coordinator = nullptr;           // may be null
 };
+
+// How the job's parameters are held.
+ShardingOptions ShardingOf(const JobConfig& config, const ModelConfig& model);
 
 enum class TrainOutcome { kDone, kStopped };
 

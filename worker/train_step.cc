@@ -75,16 +75,19 @@ SimpoStats ForwardBackward(const Decoder& decoder, ShardedParams& params, const 
   return scored.stats;
 }
 
-SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss) {
+SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss,
+                       const std::function<void(int64_t layer, const at::Tensor& hidden_TH)>& observe) {
   at::NoGradGuard no_grad;
   const BatchContext context = decoder.MakeContext(batch, params.compute_dtype());
   params.Gather(kEmbeddings, BucketOf(0));
   at::Tensor hidden_TH = decoder.Embed(batch.input_ids_T);
   params.Release(kEmbeddings);
+  if (observe) observe(-1, hidden_TH);
   for (int64_t i = 0; i < decoder.num_layers(); ++i) {
     params.Gather(BucketOf(i), BucketOf(i) + 1);
     hidden_TH = decoder.Layer(i, hidden_TH, context);
     params.Release(BucketOf(i));
+    if (observe) observe(i, hidden_TH);
   }
   GatherHead(decoder, params, /*next=*/-1);
   const SimpoStats stats = ScoreResponses(decoder, hidden_TH, batch, loss, {}, /*with_gradients=*/false).stats;

@@ -1,6 +1,9 @@
 #ifndef SIMPO_WORKER_TRAIN_STEP_H_
 #define SIMPO_WORKER_TRAIN_STEP_H_
 
+#include <cstdint>
+#include <functional>
+
 #include "worker/model/decoder.h"
 #include "worker/pack.h"
 #include "worker/score_responses.h"
@@ -19,8 +22,10 @@ SimpoStats ForwardBackward(const Decoder& decoder, ShardedParams& params, const 
                            const SimpoLoss& loss, const GlobalBatchSize& global, bool gradient_checkpointing,
                            bool last);
 
-// Forward only. Collective in the same way.
-SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss);
+// Forward only. Collective in the same way. `observe` (may be empty) is shown the hidden states of the
+// embeddings (layer -1) and of each layer.
+SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss,
+                       const std::function<void(int64_t layer, const at::Tensor& hidden_TH)>& observe = {});
 
 }  // namespace simpo
 

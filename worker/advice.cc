@@ -1,0 +1,174 @@
+#include "worker/advice.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "worker/lr_schedule.h"
+
+namespace simpo {
+namespace {
+
+// Signs are read from means over this many steps: single batches are noisy.
+constexpr size_t kWindow = 10;
+// SimPO's published rates lie between 3e-7 and 1e-6 (arXiv 2405.14734, table 7).
+constexpr double kHighRate = 1e-5;
+// A mean loss this much above the start is no noise.
+constexpr double kLossRise = 1.5;
+// Nats per token by which *both* responses must have become less likely.
+constexpr double kForgottenNats = 1.0;
+// A margin that has moved by less than this share of the target margin is flat.
+constexpr double kFlatShare = 0.05;
+constexpr int64_t kFlatSteps = 50;
+constexpr double kFlatRunShare = 0.3;
+
+constexpr const char* kKinds[] = {"rate", "divergence", "forgetting", "flat_margin"};
+
+}  // namespace
+
+Advisor::Advisor(const JobConfig& config, int64_t total_steps)
+    : config_(config), total_steps_(total_steps), warmup_steps_(LrSchedule::FromConfig(config, total_steps).warmup) {}
+
+std::vector<std::string> Advisor::BeforeTraining() {
+  if (config_.learning_rate < kHighRate || !said_.insert("rate").second) return {};
+  return {absl::StrFormat(
+      "learning_rate %g is high for SimPO: at 1e-5 and above models often fall apart (answers that repeat or make no "
+      "sense) while the loss looks well. The published runs used 3e-7 to 1e-6",
+      config_.learning_rate)};
+}
+
+Advisor::Means Advisor::RecentMeans() const {
+  Means sum;
+  for (const Means& step : recent_) {
+    sum.loss += step.loss;
+    sum.logps_chosen += step.logps_chosen;
+    sum.logps_rejected += step.logps_rejected;
+    sum.margin += step.margin;
+  }
+  const auto n = static_cast<double>(recent_.size());
+  return {sum.loss / n, sum.logps_chosen / n, sum.logps_rejected / n, sum.margin / n};
+}
+
+std::optional<std::string> Advisor::Divergence(const Means& now) const {
+  if (!(now.loss > kLossRise * start_->loss)) return std::nullopt;
+  return absl::StrFormat(
+      "the loss rises: %.4f over the last %d steps, %.4f at the start. Lower learning_rate (%g), to a third for "
+      "example, and begin again from an earlier checkpoint",
+      now.loss, kWindow, start_->loss, config_.learning_rate);
+}
+
+std::optional<std::string> Advisor::Forgetting(const Means& now) const {
+  const double chosen = start_->logps_chosen - now.logps_chosen;
+  const double rejected = start_->logps_rejected - now.logps_rejected;
+  if (!(chosen > std::max(kForgottenNats, -start_->logps_chosen) && rejected > kForgottenNats)) return std::nullopt;
+  return absl::StrFormat(
+      "the model forgets: the log-probability per token of chosen responses fell from %.3f to %.3f, of rejected ones "
+      "from %.3f to %.3f. The margin alone does not show it. Add sft_weight (0.1 for example; now %g) or lower beta "
+      "(now %g) or learning_rate (now %g)",
+      start_->logps_chosen, now.logps_chosen, start_->logps_rejected, now.logps_rejected, config_.sft_weight,
+      config_.beta, config_.learning_rate);
+}
+
+std::optional<std::string> Advisor::FlatMargin(const Means& now) const {
+  const double target = config_.beta * std::max(config_.gamma_beta_ratio, 0.1);
+  if (!(std::abs(now.margin - start_->margin) < kFlatShare * target)) return std::nullopt;
+  return absl::StrFormat(
+      "the reward margin is flat: %.4f at the start, %.4f now, with a target of %.4f (beta x gamma_beta_ratio). Raise "
+      "beta (now %g) or gamma_beta_ratio (now %g), or learning_rate (now %g) if it is below the published ones; and "
+      "look whether chosen and rejected differ in more than noise",
+      start_->margin, now.margin, config_.beta * config_.gamma_beta_ratio, config_.beta, config_.gamma_beta_ratio,
+      config_.learning_rate);
+}
+
+std::vector<std::string> Advisor::AfterStep(int64_t step, const std::map<std::string, double>& metrics) {
+  recent_.push_back(
+      {metrics.at("loss"), metrics.at("logps/chosen"), metrics.at("logps/rejected"), metrics.at("rewards/margins")});
+  if (recent_.size() > kWindow) recent_.pop_front();
+  if (recent_.size() < kWindow) return {};
+  const Means now = RecentMeans();
+  if (!start_) {
+    start_ = now;
+    return {};
+  }
+  std::vector<std::string> advice;
+  const auto say = [&](const char* kind, const std::optional<std::string>& text) {
+    if (text && said_.insert(kind).second) advice.push_back(*text);
+  };
+  say("divergence", Divergence(now));
+  say("forgetting", Forgetting(now));
+  const bool long_enough = step >= std::max(warmup_steps_ + kFlatSteps,
+                                            static_cast<int64_t>(kFlatRunShare * static_cast<double>(total_steps_)));
+  if (long_enough) say("flat_margin", FlatMargin(now));
+  return advice;
+}
+
+std::map<std::string, double> Advisor::State() const {
+  std::map<std::string, double> state;
+  for (const std::string& kind : said_) state["advice/said/" + kind] = 1;
+  if (!start_) return state;
+  state["advice/start/loss"] = start_->loss;
+  state["advice/start/logps_chosen"] = start_->logps_chosen;
+  state["advice/start/logps_rejected"] = start_->logps_rejected;
+  state["advice/start/margin"] = start_->margin;
+  return state;
+}
+
+void Advisor::Restore(const std::map<std::string, double>& state) {
+  for (const char* kind : kKinds) {
+    if (state.contains(absl::StrCat("advice/said/", kind))) said_.insert(kind);
+  }
+  const auto value = [&](const char* name) { return state.at(absl::StrCat("advice/start/", name)); };
+  if (state.contains("advice/start/loss") && state.contains("advice/start/logps_chosen") &&
+      state.contains("advice/start/logps_rejected") && state.contains("advice/start/margin")) {
+    start_ = {value("loss"), value("logps_chosen"), value("logps_rejected"), value("margin")};
+  }
+}
+
+MemoryNeed EstimateMemory(int64_t parameters, const ShardingOptions& sharding, int world_size, int ranks_here) {
+  const auto psi = static_cast<double>(parameters);
+  const double shard = sharding.zero_stage == 0 ? psi : psi / world_size;
+  const double compute_bytes = sharding.compute_dtype == at::kBFloat16 ? 2 : 4;
+  const bool separate_master = sharding.compute_dtype != at::kFloat || sharding.offload_optimizer;
+  return {.weights = compute_bytes * (sharding.zero_stage == 3 ? shard : psi),
+          .grads = 4 * (sharding.shards_gradients() ? shard : psi),
+          .optimizer = (separate_master ? 12 : 8) * shard,
+          .ranks = ranks_here};
+}
+
+std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, double bytes) {
+  if (need.total() <= bytes) return std::nullopt;
+  std::vector<std::string> remedies;
+  if (sharding.zero_stage < 3 && need.ranks > 1) remedies.push_back("set zero_stage: 3");
+  if (sharding.compute_dtype == at::kFloat) remedies.push_back("set torch_dtype: bfloat16 (half the weights)");
+  remedies.push_back("spread the job over more machines");
+  remedies.push_back("take a smaller model");
+  return absl::StrFormat(
+      "memory does not fit: %.1f GB of weights, %.1f GB of gradients and %.1f GB of optimizer state on each of %d "
+      "ranks "
+      "are %.1f GB, before any activations; this machine has %.1f GB. What helps: %s",
+      need.weights / 1e9, need.grads / 1e9, need.optimizer / 1e9, need.ranks, need.total() / 1e9, bytes / 1e9,
+      absl::StrJoin(remedies, "; "));
+}
+
+HostMemory ReadHostMemory() {
+  HostMemory memory;
+  std::ifstream file("/proc/meminfo");
+  std::string name, unit;
+  for (double kilobytes = 0; file >> name >> kilobytes && std::getline(file, unit);) {
+    if (name == "MemTotal:") memory.total = kilobytes * 1024;
+    if (name == "MemAvailable:") memory.available = kilobytes * 1024;
+  }
+  double limit = 0;  // "max" leaves it 0
+  double used = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit > 0 && limit < memory.total) {
+    std::ifstream("/sys/fs/cgroup/memory.current") >> used;
+    memory.total = limit;
+    memory.available = std::min(memory.available, std::max(0.0, limit - used));
+  }
+  return memory;
+}
+
+}  // namespace simpo
