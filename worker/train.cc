@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
 #include <stdexcept>
@@ -29,6 +28,7 @@
 #include "worker/metrics_log.h"
 #include "worker/model/decoder.h"
 #include "worker/pack.h"
+#include "worker/run_manifest.h"
 #include "worker/sampler.h"
 #include "worker/shard/agree_on.h"
 #include "worker/shard/checkpoint.h"
@@ -99,7 +99,6 @@ class Run {
   absl::Status OpenData();
   absl::Status Resume();
   absl::Status OpenLogs();
-  void WriteManifest();
   int64_t max_tokens() const {
     return config_.max_tokens_per_micro_batch > 0 ? config_.max_tokens_per_micro_batch : kDefaultMicroBatchTokens;
   }
@@ -161,6 +160,7 @@ absl::Status Run::OpenData() {
 
 absl::Status Run::Load() {
   Phase("load");
+  at::globalContext().setDeterministicAlgorithms(config_.deterministic, /*warn_only=*/false);
   SIMPO_RETURN_IF_ERROR(OpenData());
   const at::ScalarType dtype = ComputeDtype(config_, options_.model);
   params_ = std::make_unique<ShardedParams>(options_.model, ShardingOf(config_, options_.model), comm_);
@@ -178,7 +178,13 @@ absl::Status Run::Load() {
   advisor_->Restore(resumed_state_);
   gemm_peak_ = MeasureGemmPeak(dtype);
   SIMPO_RETURN_IF_ERROR(OpenLogs());
-  WriteManifest();
+  ThrowIfError(WriteRunManifest(options_.output_dir / "run_manifest.json", options_, *params_,
+                                {.pairs = train_data_->size(),
+                                 .dropped_pairs = train_data_->dropped_pairs(),
+                                 .global_batch_size = global_batch_size_,
+                                 .steps_planned = total_steps_,
+                                 .resumed_after_step = steps_done_},
+                                comm_));
   Event("data_report",
         absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters", train_data_->size(),
                         total_steps_, global_batch_size_, comm_.world_size(), dtype == at::kFloat ? "fp32" : "bf16",
@@ -236,38 +242,6 @@ absl::Status Run::OpenLogs() {
     if (status.ok()) status = open("eval_metrics.jsonl", eval_metrics_log_);
   }
   return AgreeOn(status, comm_, "opening the metrics files");
-}
-
-// run_manifest.json: what ran, and what each rank holds.
-void Run::WriteManifest() {
-  const ShardedParams::Bytes bytes = params_->MemoryBytes();
-  at::Tensor per_rank = at::zeros({comm_.world_size(), 3}, at::kLong);
-  per_rank[comm_.rank()][0] = bytes.weights;
-  per_rank[comm_.rank()][1] = bytes.grads;
-  per_rank[comm_.rank()][2] = bytes.optimizer;
-  comm_.AllReduce(per_rank);
-  if (!is_root()) return;
-  nlohmann::ordered_json manifest;
-  manifest["job"] = JobConfigToYaml(config_);
-  manifest["model"] = {{"path", options_.model_dir.string()},
-                       {"model_type", options_.model.model_type},
-                       {"parameters", options_.model.NumParameters()}};
-  manifest["data"] = {{"train", options_.data.train_cache.string()},
-                      {"pairs", train_data_->size()},
-                      {"dropped_pairs", train_data_->dropped_pairs()},
-                      {"chat_template", options_.data.chat_template_source}};
-  manifest["compute_dtype"] = params_->compute_dtype() == at::kFloat ? "float32" : "bfloat16";
-  manifest["global_batch_size"] = global_batch_size_;
-  manifest["steps_planned"] = total_steps_;
-  manifest["resumed_after_step"] = steps_done_;
-  manifest["world_size"] = comm_.world_size();
-  for (int rank = 0; rank < comm_.world_size(); ++rank) {
-    manifest["ranks"].push_back({{"rank", rank},
-                                 {"weight_bytes", per_rank[rank][0].item<int64_t>()},
-                                 {"gradient_bytes", per_rank[rank][1].item<int64_t>()},
-                                 {"optimizer_bytes", per_rank[rank][2].item<int64_t>()}});
-  }
-  ThrowIfError(WriteFileAtomically(options_.output_dir / "run_manifest.json", manifest.dump(2) + "\n"));
 }
 
 // The pairs of each micro-batch of `rank`.
