@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -127,30 +128,49 @@ void Advisor::Restore(const std::map<std::string, double>& state) {
   }
 }
 
-MemoryNeed EstimateMemory(int64_t parameters, const ShardingOptions& sharding, int world_size, int ranks_here) {
-  const auto psi = static_cast<double>(parameters);
+MemoryNeed EstimateMemory(const ModelConfig& model, const ShardingOptions& sharding, int world_size) {
+  // Parameters of each bucket, the largest first.
+  std::map<int64_t, double> by_layer;
+  double psi = 0;
+  for (const WeightSpec& weight : ModelWeights(model)) {
+    double numel = 1;
+    for (int64_t size : weight.shape) numel *= static_cast<double>(size);
+    by_layer[weight.layer] += numel;
+    psi += numel;
+  }
+  std::vector<double> buckets;
+  for (const auto& [layer, numel] : by_layer) buckets.push_back(numel);
+  std::sort(buckets.rbegin(), buckets.rend());
+  const double two_buckets = buckets[0] + buckets[1];
+
   const double shard = sharding.zero_stage == 0 ? psi : psi / world_size;
   const double compute_bytes = sharding.compute_dtype == at::kBFloat16 ? 2 : 4;
   const bool separate_master = sharding.compute_dtype != at::kFloat || sharding.offload_optimizer;
-  return {.weights = compute_bytes * (sharding.zero_stage == 3 ? shard : psi),
-          .grads = 4 * (sharding.shards_gradients() ? shard : psi),
-          .optimizer = (separate_master ? 12 : 8) * shard,
-          .ranks = ranks_here};
+  MemoryNeed need{.weights = compute_bytes * (sharding.zero_stage == 3 ? shard : psi),
+                  .grads = 4 * (sharding.shards_gradients() ? shard : psi),
+                  .optimizer = (separate_master ? 12 : 8) * shard,
+                  .in_flight = (sharding.zero_stage == 3 ? compute_bytes * two_buckets : 0) +
+                               (sharding.shards_gradients() ? 4 * two_buckets : 0)};
+  need.on_host = sharding.device.is_cpu() ? need.total() : sharding.offload_optimizer ? need.grads + need.optimizer : 0;
+  need.on_device = need.total() - need.on_host;
+  return need;
 }
 
-std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, double bytes) {
-  if (need.total() <= bytes) return std::nullopt;
+std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, int ranks_here,
+                                        double bytes) {
+  const double all = need.on_host * ranks_here;
+  if (all <= bytes) return std::nullopt;
   std::vector<std::string> remedies;
-  if (sharding.zero_stage < 3 && need.ranks > 1) remedies.push_back("set zero_stage: 3");
+  if (sharding.zero_stage < 3 && ranks_here > 1) remedies.push_back("set zero_stage: 3");
   if (sharding.compute_dtype == at::kFloat) remedies.push_back("set torch_dtype: bfloat16 (half the weights)");
   remedies.push_back("spread the job over more machines");
   remedies.push_back("take a smaller model");
   return absl::StrFormat(
-      "memory does not fit: %.1f GB of weights, %.1f GB of gradients and %.1f GB of optimizer state on each of %d "
-      "ranks "
-      "are %.1f GB, before any activations; this machine has %.1f GB. What helps: %s",
-      need.weights / 1e9, need.grads / 1e9, need.optimizer / 1e9, need.ranks, need.total() / 1e9, bytes / 1e9,
-      absl::StrJoin(remedies, "; "));
+      "memory does not fit: %.1f GB of weights, %.1f GB of gradients, %.1f GB of optimizer state and %.1f GB for what "
+      "is "
+      "under way on each of %d ranks are %.1f GB, before any activations; this machine has %.1f GB. What helps: %s",
+      need.weights / 1e9, need.grads / 1e9, need.optimizer / 1e9, need.in_flight / 1e9, ranks_here, all / 1e9,
+      bytes / 1e9, absl::StrJoin(remedies, "; "));
 }
 
 HostMemory ReadHostMemory() {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/job_config.h"
+#include "worker/model/model_config.h"
 #include "worker/shard/sharded_params.h"
 
 namespace simpo {
@@ -47,17 +48,19 @@ class Advisor {
   std::set<std::string> said_;
 };
 
-// Bytes of the tensors that the ranks of one machine hold throughout, by the formulas of
-// docs/architecture.md; buckets under way and activations come on top.
+// Bytes of the tensors of one rank, by the formulas of docs/architecture.md; activations come on top.
 struct MemoryNeed {
-  double weights = 0, grads = 0, optimizer = 0;  // of one rank
-  int ranks = 1;                                 // on this machine
-  double total() const { return (weights + grads + optimizer) * ranks; }
+  double weights = 0, grads = 0, optimizer = 0;  // held throughout
+  double in_flight = 0;                          // weights and gradients of the two largest buckets under way
+  // Where they are: with offload, gradients and optimizer state are on the host whatever the device.
+  double on_device = 0, on_host = 0;
+  double total() const { return weights + grads + optimizer + in_flight; }
 };
-MemoryNeed EstimateMemory(int64_t parameters, const ShardingOptions& sharding, int world_size, int ranks_here);
+MemoryNeed EstimateMemory(const ModelConfig& model, const ShardingOptions& sharding, int world_size);
 
-// Nothing when `need` is within `bytes` of memory; else the numbers, and what to change.
-std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, double bytes);
+// Nothing when `ranks_here` ranks fit into `bytes` of host memory; else the numbers, and what to change.
+std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, int ranks_here,
+                                        double bytes);
 
 // What this process can use: of the machine, or of its control group where that is less.
 struct HostMemory {

@@ -258,11 +258,12 @@ absl::Status CheckMemory(const TrainOptions& options) {
   const JobConfig& config = options.config;
   const ShardingOptions sharding = ShardingOf(config, options.model);
   const int ranks = EnvInt("OMPI_COMM_WORLD_SIZE", 1);
-  const MemoryNeed need = EstimateMemory(options.model.NumParameters(), sharding, ranks, EnvLocalSize());
+  const MemoryNeed need = EstimateMemory(options.model, sharding, ranks);
   const HostMemory memory = ReadHostMemory();
   if (memory.total == 0) return absl::OkStatus();
-  if (const auto advice = MemoryAdvice(need, sharding, memory.total)) return absl::FailedPreconditionError(*advice);
-  if (const auto advice = MemoryAdvice(need, sharding, memory.available)) {
+  if (const auto advice = MemoryAdvice(need, sharding, EnvLocalSize(), memory.total))
+    return absl::FailedPreconditionError(*advice);
+  if (const auto advice = MemoryAdvice(need, sharding, EnvLocalSize(), memory.available)) {
     std::fprintf(stderr, "warning: %s (of which other programs hold a part)\n", advice->c_str());
   }
   return absl::OkStatus();

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
+
 namespace simpo {
 namespace {
 
@@ -94,10 +96,26 @@ TEST(Advisor, AResumedRunRemembersItsStartAndWhatWasSaid) {
   EXPECT_THAT(AdviceOf(done, config, kStart, end, 150, 200), IsEmpty());
 }
 
+ModelConfig Llama(int64_t hidden, int64_t intermediate, int64_t layers, int64_t heads, int64_t vocab) {
+  return {.model_type = "llama",
+          .vocab_size = vocab,
+          .hidden_size = hidden,
+          .intermediate_size = intermediate,
+          .num_layers = layers,
+          .num_heads = heads,
+          .num_kv_heads = 8,
+          .head_dim = 128};
+}
+const ModelConfig kMistral7B = Llama(4096, 14336, 32, 32, 32000);
+const ModelConfig kLlama8B = Llama(4096, 14336, 32, 32, 128256);
+const ModelConfig kLlama70B = Llama(8192, 28672, 80, 64, 128256);
+
 // The formulas of bytes per parameter and rank; sharding_test.cc holds the tensors against them.
 TEST(Memory, NeedFollowsTheStages) {
-  const auto per_parameter = [](ShardingOptions sharding, int ranks) {
-    return EstimateMemory(1000, sharding, ranks, /*ranks_here=*/1).total() / 1000;
+  const auto psi = static_cast<double>(kMistral7B.NumParameters());
+  const auto per_parameter = [&](const ShardingOptions& sharding, int ranks) {
+    const MemoryNeed need = EstimateMemory(kMistral7B, sharding, ranks);
+    return (need.total() - need.in_flight) / psi;
   };
   EXPECT_DOUBLE_EQ(per_parameter({.compute_dtype = at::kBFloat16, .zero_stage = 0}, 4), 18);
   EXPECT_DOUBLE_EQ(per_parameter({.compute_dtype = at::kBFloat16, .zero_stage = 1}, 4), 6 + 3);
@@ -106,12 +124,36 @@ TEST(Memory, NeedFollowsTheStages) {
   EXPECT_DOUBLE_EQ(per_parameter({.zero_stage = 1}, 1), 16);
 }
 
+// Full fine-tuning on the hardware that people have; what is left on the device is for activations.
+TEST(Memory, OffloadFitsTheModelsThatItIsFor) {
+  struct Row {
+    const char* what;
+    const ModelConfig& model;
+    int ranks, zero_stage;
+    double device_gb, host_gb_per_rank;
+  };
+  for (const Row& row :
+       {Row{"7B on 1 x 40 GB", kMistral7B, 1, 1, 40, 128}, Row{"8B on 2 x 40 GB", kLlama8B, 2, 2, 40, 80},
+        Row{"70B on 8 x 80 GB", kLlama70B, 8, 3, 80, 160}}) {
+    const MemoryNeed need = EstimateMemory(row.model,
+                                           {.compute_dtype = at::kBFloat16,
+                                            .zero_stage = row.zero_stage,
+                                            .offload_optimizer = true,
+                                            .device = at::Device(at::kCUDA, 0)},
+                                           row.ranks);
+    std::printf("%s: %.1f GB on each device, %.1f GB of host memory for each rank\n", row.what, need.on_device / 1e9,
+                need.on_host / 1e9);
+    EXPECT_LE(need.on_device / 1e9, 0.75 * row.device_gb) << row.what;
+    EXPECT_LE(need.on_host / 1e9, row.host_gb_per_rank) << row.what;
+  }
+}
+
 TEST(Memory, WhatDoesNotFitIsSaidWithNumbersAndRemedies) {
   const ShardingOptions sharding{.zero_stage = 1};
-  const MemoryNeed need = EstimateMemory(7'000'000'000, sharding, 2, 2);
-  EXPECT_EQ(MemoryAdvice(need, sharding, 1e12), std::nullopt);
-  EXPECT_THAT(MemoryAdvice(need, sharding, 24e9).value(),
-              AllOf(HasSubstr("28.0 GB of weights"), HasSubstr("2 ranks are 168.0 GB"), HasSubstr("24.0 GB"),
+  const MemoryNeed need = EstimateMemory(kMistral7B, sharding, 2);
+  EXPECT_EQ(MemoryAdvice(need, sharding, 2, 1e12), std::nullopt);
+  EXPECT_THAT(MemoryAdvice(need, sharding, 2, 24e9).value(),
+              AllOf(HasSubstr("29.0 GB of weights"), HasSubstr("2 ranks are 173.8 GB"), HasSubstr("24.0 GB"),
                     HasSubstr("zero_stage: 3"), HasSubstr("bfloat16")));
   EXPECT_GT(ReadHostMemory().total, ReadHostMemory().available / 2);
   EXPECT_GT(ReadHostMemory().available, 1e6);
