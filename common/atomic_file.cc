@@ -2,26 +2,17 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 
 #include "absl/strings/str_cat.h"
+#include "common/file_system.h"
 #include "common/status_macros.h"
 
 namespace simpo {
 namespace {
-
-absl::Status ErrnoStatus(const char* what, const std::filesystem::path& path) {
-  const int error = errno;
-  const std::string message = absl::StrCat("cannot ", what, " ", path.string(), ": ", strerror(error));
-  if (error == ENOENT) return absl::NotFoundError(message);
-  if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(message);
-  if (error == ENOSPC || error == EDQUOT) return absl::ResourceExhaustedError(message);
-  return absl::UnavailableError(message);
-}
 
 struct FileDescriptor {
   int fd = -1;
@@ -30,20 +21,10 @@ struct FileDescriptor {
   }
 };
 
-absl::Status WriteAll(int fd, std::string_view content, const std::filesystem::path& path) {
-  while (!content.empty()) {
-    const ssize_t written = write(fd, content.data(), content.size());
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) return ErrnoStatus("write", path);
-    content.remove_prefix(static_cast<size_t>(written));
-  }
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::StatusOr<std::string> ReadFile(const std::filesystem::path& path, int64_t max_bytes) {
-  FileDescriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  FileDescriptor file{FileSystem::Current().Open(path, O_RDONLY)};
   if (file.fd < 0) return ErrnoStatus("read", path);
   struct stat info {};
   if (fstat(file.fd, &info) != 0) return ErrnoStatus("read", path);
@@ -63,27 +44,23 @@ absl::StatusOr<std::string> ReadFile(const std::filesystem::path& path, int64_t 
 }
 
 absl::Status SyncPath(const std::filesystem::path& path) {
-  FileDescriptor file{open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (file.fd < 0 || fsync(file.fd) != 0) return ErrnoStatus("sync", path);
+  FileDescriptor file{FileSystem::Current().Open(path, O_RDONLY)};
+  if (file.fd < 0 || FileSystem::Current().Sync(file.fd) != 0) return ErrnoStatus("sync", path);
   return absl::OkStatus();
 }
 
 absl::Status WriteFileAtomically(const std::filesystem::path& path, std::string_view content, int mode) {
   static std::atomic<int> counter = 0;  // threads may write the same path
   const std::filesystem::path temporary = absl::StrCat(path.string(), ".tmp.", getpid(), ".", ++counter);
+  absl::Status status;
   {
-    FileDescriptor file{open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode)};
-    if (file.fd < 0) return ErrnoStatus("write", temporary);
-    absl::Status status = WriteAll(file.fd, content, temporary);
-    if (status.ok() && fsync(file.fd) != 0) status = ErrnoStatus("sync", temporary);
-    if (!status.ok()) {
-      unlink(temporary.c_str());
-      return status;
-    }
+    OutputFile file(temporary, static_cast<mode_t>(mode));
+    status = file.Write(content.data(), content.size());
+    if (status.ok()) status = file.Sync();
   }
-  if (rename(temporary.c_str(), path.c_str()) != 0) {
-    const absl::Status status = ErrnoStatus("rename to", path);
-    unlink(temporary.c_str());
+  if (status.ok() && FileSystem::Current().Rename(temporary, path) != 0) status = ErrnoStatus("rename to", path);
+  if (!status.ok()) {
+    FileSystem::Current().Remove(temporary);  // the error to report is the one before
     return status;
   }
   return SyncPath(path.has_parent_path() ? path.parent_path() : std::filesystem::path("."));

@@ -93,6 +93,7 @@ struct JobConfig {
   int32_t save_total_limit = 0;  // 0: all are kept
   bool load_best_model_at_end = false;
   std::string metric_for_best_model = "eval_loss";
+  std::string greater_is_better;  // "true", "false", or empty: by the metric's name
   int64_t logging_steps = 1;
   double recovery_minutes = 10;
   std::string output_dir;  // as given; empty: the server or the worker chooses

@@ -17,6 +17,7 @@
 #include "common/job_entries.h"
 #include "common/job_keys.h"
 #include "common/job_values.h"
+#include "common/metric_names.h"
 
 namespace simpo {
 namespace {
@@ -67,6 +68,7 @@ class Parser {
   void SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string text);
   void SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::string& text);
   void CheckTogether();
+  void CheckBestModel();
   void FillInBatch();
   void NoteDefaults();
   std::string ResolvePath(const std::string& value) const;
@@ -204,6 +206,11 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
     if (row.key.name == "resume_from_checkpoint") {
       if (const std::optional<bool> on = ToBool(text)) text = *on ? "true" : "";
     }
+    if (row.key.name == "greater_is_better" && !text.empty()) {
+      const std::optional<bool> greater = ToBool(text);
+      if (!greater) return MustBe(entry, absl::StrCat("true or false, not '", shown, "'"));
+      text = *greater ? "true" : "false";
+    }
     if (const std::optional<std::string> problem = CheckChoice(row.key.range, text)) return Wrong(entry, *problem);
     config_.** field = row.is_path ? ResolvePath(text) : text;
     return;
@@ -286,6 +293,7 @@ void Parser::CheckTogether() {
   if (config.save_strategy == "steps" && config.save_steps <= 0) {
     violation("save_steps", "save_strategy", "save_strategy: steps needs save_steps above 0");
   }
+  if (config.load_best_model_at_end) CheckBestModel();
   if (config.max_steps == 0) violation("max_steps", "max_steps", "must be -1 or above 0");
   if (config.max_steps > 0 && config.warmup_steps > config.max_steps) {
     violation("warmup_steps", "warmup_steps", absl::StrCat("is larger than max_steps (", config.max_steps, ")"));
@@ -300,6 +308,33 @@ void Parser::CheckTogether() {
     reading_.Note(absl::StrCat("learning_rate ", NumberText(config.learning_rate),
                                " is high for SimPO (3e-7 to 1e-6 for models of 7B and more)"));
   }
+}
+
+// Every checkpoint must have an evaluation to be judged by, as in transformers.
+void Parser::CheckBestModel() {
+  const JobConfig& config = config_;
+  auto violation = [&](const char* key, std::string description) {
+    const char* line_of = Given(key) ? key : "load_best_model_at_end";
+    if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), std::move(description));
+  };
+  const bool saves = config.save_strategy == "steps" || config.save_strategy == "epoch";
+  if (!config.do_eval) violation("do_eval", "load_best_model_at_end needs evaluations");
+  if (!saves || config.eval_strategy != config.save_strategy) {
+    violation("save_strategy",
+              "load_best_model_at_end needs save_strategy and eval_strategy to be the same, steps or epoch");
+  } else if (config.save_strategy == "steps" && config.eval_steps > 0 && config.save_steps % config.eval_steps != 0) {
+    violation("save_steps", absl::StrCat("load_best_model_at_end needs save_steps to be a multiple of eval_steps (",
+                                         config.eval_steps, ")"));
+  }
+  std::string_view metric = config.metric_for_best_model;
+  if (metric.starts_with(kEvalPrefix)) metric.remove_prefix(kEvalPrefix.size());
+  std::string known;
+  for (const MetricName& name : MetricNames()) {
+    if (!name.in_eval) continue;
+    if (name.key == metric) return;
+    absl::StrAppend(&known, known.empty() ? "" : ", ", std::string(kEvalPrefix), std::string(name.key));
+  }
+  violation("metric_for_best_model", absl::StrCat("must be one of ", known));
 }
 
 // global_batch_size = per_device_train_batch_size x gradient_accumulation_steps x ranks, unless given.

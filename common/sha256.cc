@@ -11,37 +11,38 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "common/file_system.h"
 
 namespace simpo {
-namespace {
-
-class Hasher {
- public:
-  Hasher() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) { EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr); }
-  void Add(const void* data, size_t size) { EVP_DigestUpdate(context_.get(), data, size); }
-  std::string Finish() {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned int size = 0;
-    EVP_DigestFinal_ex(context_.get(), digest, &size);
-    return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), size));
-  }
-
- private:
-  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
+struct Sha256Hasher::Context {
+  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> state{EVP_MD_CTX_new(), EVP_MD_CTX_free};
 };
 
-}  // namespace
+Sha256Hasher::Sha256Hasher() : context_(std::make_unique<Context>()) {
+  EVP_DigestInit_ex(context_->state.get(), EVP_sha256(), nullptr);
+}
+
+Sha256Hasher::~Sha256Hasher() = default;
+
+void Sha256Hasher::Add(const void* data, size_t size) { EVP_DigestUpdate(context_->state.get(), data, size); }
+
+std::string Sha256Hasher::Finish() {
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned int size = 0;
+  EVP_DigestFinal_ex(context_->state.get(), digest, &size);
+  return absl::BytesToHexString(absl::string_view(reinterpret_cast<char*>(digest), size));
+}
 
 std::string Sha256(std::string_view text) {
-  Hasher hasher;
+  Sha256Hasher hasher;
   hasher.Add(text.data(), text.size());
   return hasher.Finish();
 }
 
 absl::StatusOr<std::string> Sha256OfFile(const std::filesystem::path& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return absl::NotFoundError(absl::StrCat("cannot read ", path.string(), ": ", strerror(errno)));
-  Hasher hasher;
+  const int fd = FileSystem::Current().Open(path, O_RDONLY);
+  if (fd < 0) return ErrnoStatus("read", path);
+  Sha256Hasher hasher;
   std::vector<char> buffer(1 << 20);
   ssize_t got = 0;
   while ((got = read(fd, buffer.data(), buffer.size())) > 0) hasher.Add(buffer.data(), static_cast<size_t>(got));

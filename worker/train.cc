@@ -21,6 +21,7 @@
 #include "common/status_macros.h"
 #include "worker/adamw.h"
 #include "worker/advice.h"
+#include "worker/checkpoint_policy.h"
 #include "worker/data/tokenized_dataset.h"
 #include "worker/evaluate.h"
 #include "worker/find_nonfinite.h"
@@ -77,6 +78,7 @@ void ThrowIfError(const absl::Status& status) {
 struct Agreement {
   bool stop = false;
   bool checkpoint = false;
+  bool shards_done = false;  // of the checkpoint under way, on all ranks
 };
 
 // One run of one job: the state that the step needs, built once.
@@ -91,10 +93,11 @@ class Run {
 
   absl::Status Load();
   absl::StatusOr<TrainOutcome> Loop();
+  // A checkpoint under way is worth its end even after an error of the run.
+  absl::Status FinishCheckpoint() { return checkpoints_ == nullptr ? absl::OkStatus() : checkpoints_->Finish(); }
 
  private:
   bool is_root() const { return comm_.rank() == 0; }
-  std::filesystem::path checkpoints_dir() const { return options_.output_dir / "checkpoints"; }
 
   absl::Status OpenData();
   absl::Status Resume();
@@ -111,17 +114,18 @@ class Run {
   absl::StatusOr<Metrics> Step(int64_t step);
   Agreement Agree();
   absl::Status RunEvaluation(int64_t steps_done);
-  absl::Status Checkpoint(int64_t steps_done, bool for_recovery);
+  absl::Status Checkpoint(int64_t steps_done, CheckpointPolicy::Kind kind);
   absl::Status AfterStep(int64_t steps_done, const Agreement& agreement);
   absl::Status Finish();
   bool Due(const std::string& strategy, int64_t every, int64_t steps_done) const;
   void Phase(std::string_view phase) {
     if (options_.coordinator != nullptr) options_.coordinator->SetPhase(phase, steps_done_, total_steps_);
   }
-  void Event(std::string_view type, const std::string& message) {
+  void Event(std::string_view type, const std::string& message) { EventAt(steps_done_, type, message); }
+  void EventAt(int64_t step, std::string_view type, const std::string& message) {
     if (!is_root()) return;
     LOG_INFO(message);
-    if (options_.coordinator != nullptr) options_.coordinator->ReportEvent(type, message, steps_done_);
+    if (options_.coordinator != nullptr) options_.coordinator->ReportEvent(type, message, step);
   }
 
   const TrainOptions& options_;
@@ -133,6 +137,7 @@ class Run {
   std::unique_ptr<TokenizedDataset> train_data_, eval_data_;
   std::unique_ptr<ShardedParams> params_;
   std::unique_ptr<Decoder> decoder_;
+  std::unique_ptr<CheckpointPolicy> checkpoints_;
   std::optional<BatchSampler> sampler_;
   LrSchedule schedule_;
   std::optional<Advisor> advisor_;
@@ -146,14 +151,17 @@ class Run {
   int64_t tokens_seen_ = 0;
   int64_t last_evaluation_ = -1;
   double gemm_peak_ = 0;
-  Clock::time_point last_checkpoint_ = Clock::now();
-  std::filesystem::path recovery_checkpoint_;  // of this run, replaced by the next
 };
 
 absl::Status Run::OpenData() {
   SIMPO_ASSIGN_OR_RETURN(train_data_, TokenizedDataset::Open(options_.data.train_cache));
   if (options_.data.eval_cache && config_.do_eval) {
     SIMPO_ASSIGN_OR_RETURN(eval_data_, TokenizedDataset::Open(*options_.data.eval_cache));
+  }
+  if (config_.load_best_model_at_end && eval_data_ == nullptr) {
+    return absl::FailedPreconditionError(
+        "load_best_model_at_end: there is no evaluation data to choose by. Give the name of an evaluation split as "
+        "the second of dataset_splits, or eval_dataset_mixer, or leave load_best_model_at_end out");
   }
   return absl::OkStatus();
 }
@@ -165,6 +173,11 @@ absl::Status Run::Load() {
   const at::ScalarType dtype = ComputeDtype(config_, options_.model);
   params_ = std::make_unique<ShardedParams>(options_.model, ShardingOf(config_, options_.model), comm_);
   decoder_ = std::make_unique<Decoder>(options_.model, *params_);
+  SIMPO_ASSIGN_OR_RETURN(
+      checkpoints_, CheckpointPolicy::Create(options_, dtype, comm_,
+                                             [this](std::string_view type, const std::string& message, int64_t step) {
+                                               EventAt(step, type, message);
+                                             }));
   global_batch_size_ = config_.global_batch_size;
   SIMPO_RETURN_IF_ERROR(Resume());
 
@@ -195,15 +208,7 @@ absl::Status Run::Load() {
 
 // Weights from a checkpoint when there is one to go on from, else from the model.
 absl::Status Run::Resume() {
-  std::optional<std::filesystem::path> from;
-  if (options_.resume_latest || config_.resume_from_checkpoint == "true") {
-    std::vector<std::string> skipped;
-    SIMPO_ASSIGN_OR_RETURN(from, LatestCheckpoint(checkpoints_dir(), &skipped));
-    for (const std::string& reason : skipped) Event("checkpoint", absl::StrCat("skipped ", reason));
-  }
-  // An attempt that left no checkpoint of its own is followed by one that begins where it began.
-  const std::string& given = config_.resume_from_checkpoint;
-  if (!from && !given.empty() && given != "true") from = given;
+  SIMPO_ASSIGN_OR_RETURN(const std::optional<std::filesystem::path> from, checkpoints_->WhereToResume());
   if (!from) {
     SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<ModelWeightsReader> reader,
                            ModelWeightsReader::Open(options_.model_dir));
@@ -217,10 +222,12 @@ absl::Status Run::Resume() {
   if (auto it = state.extra.find("last_evaluation"); it != state.extra.end()) {
     last_evaluation_ = static_cast<int64_t>(it->second);
   }
-  // Another run's checkpoint is not this run's to remove.
-  const std::filesystem::path folder = std::filesystem::absolute(*from).lexically_normal().parent_path();
-  const bool own = folder == checkpoints_dir().lexically_normal();
-  if (own && state.extra.contains("recovery")) recovery_checkpoint_ = *from;
+  checkpoints_->Resumed(*from, state);
+  if (state.seed != config_.seed) {
+    Event("resumed",
+          absl::StrFormat("the seed is %d, and was %d before: rows may come twice or not at all in this epoch",
+                          config_.seed, state.seed));
+  }
   if (state.global_batch_size != global_batch_size_) {
     Event("resumed", absl::StrFormat("the global batch size stays %d, as the run began, not %d",
                                      state.global_batch_size, global_batch_size_));
@@ -333,7 +340,7 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
 
 // A stop or a checkpoint that any rank was asked for, or that is due by rank 0's clock.
 Agreement Run::Agree() {
-  at::Tensor votes = at::zeros({2}, at::kLong);
+  at::Tensor votes = at::zeros({3}, at::kLong);
   auto* vote = votes.data_ptr<int64_t>();
   if (options_.stop_requested != nullptr && options_.stop_requested->load()) vote[0] = 1;
   while (options_.coordinator != nullptr) {
@@ -341,10 +348,10 @@ Agreement Run::Agree() {
     if (!command) break;
     vote[*command == CoordinatorClient::Command::kStop ? 0 : 1] = 1;
   }
-  if (is_root() && config_.recovery_minutes > 0 && Seconds(last_checkpoint_) > config_.recovery_minutes * 60)
-    vote[1] = 1;
+  if (checkpoints_->RecoveryDue()) vote[1] = 1;
+  if (checkpoints_->ShardDone()) vote[2] = 1;
   comm_.AllReduce(votes);
-  return {.stop = vote[0] > 0, .checkpoint = vote[1] > 0};
+  return {.stop = vote[0] > 0, .checkpoint = vote[1] > 0, .shards_done = vote[2] == comm_.world_size()};
 }
 
 absl::Status Run::RunEvaluation(int64_t steps_done) {
@@ -356,6 +363,7 @@ absl::Status Run::RunEvaluation(int64_t steps_done) {
   metrics["epoch"] = sampler_->Epoch(steps_done);
   metrics["eval_seconds"] = Seconds(begin);
   last_evaluation_ = steps_done;
+  SIMPO_RETURN_IF_ERROR(checkpoints_->Evaluated(steps_done, metrics));
   if (is_root()) {
     ThrowIfError(eval_metrics_log_->Write(steps_done, metrics));
     if (options_.coordinator != nullptr) options_.coordinator->ReportStep("eval", steps_done, metrics);
@@ -367,7 +375,7 @@ absl::Status Run::RunEvaluation(int64_t steps_done) {
   return absl::OkStatus();
 }
 
-absl::Status Run::Checkpoint(int64_t steps_done, bool for_recovery) {
+absl::Status Run::Checkpoint(int64_t steps_done, CheckpointPolicy::Kind kind) {
   Phase("checkpoint");
   TrainerState state{.step = steps_done,
                      .steps_planned = total_steps_,
@@ -376,20 +384,8 @@ absl::Status Run::Checkpoint(int64_t steps_done, bool for_recovery) {
                      .tokens_seen = tokens_seen_,
                      .seed = config_.seed,
                      .extra = {{"last_evaluation", static_cast<double>(last_evaluation_)}}};
-  if (for_recovery) state.extra["recovery"] = 1;
   if (is_root()) state.extra.merge(advisor_->State());
-  SIMPO_ASSIGN_OR_RETURN(const std::filesystem::path path, SaveCheckpoint(checkpoints_dir(), *params_, state, comm_));
-  last_checkpoint_ = Clock::now();
-  if (is_root()) {
-    // The recovery checkpoint rolls; the user's own stay within save_total_limit.
-    if (!recovery_checkpoint_.empty() && recovery_checkpoint_ != path)
-      std::filesystem::remove_all(recovery_checkpoint_);
-    recovery_checkpoint_ = for_recovery ? path : std::filesystem::path();
-    if (!for_recovery) {
-      ThrowIfError(PruneCheckpoints(checkpoints_dir(), config_.save_total_limit, std::span(&path, 1)));
-    }
-  }
-  Event("checkpoint", absl::StrCat("checkpoint after step ", steps_done, ": ", path.string()));
+  SIMPO_RETURN_IF_ERROR(checkpoints_->Save(*params_, std::move(state), kind));
   Phase("train");
   return absl::OkStatus();
 }
@@ -401,10 +397,12 @@ bool Run::Due(const std::string& strategy, int64_t every, int64_t steps_done) co
 }
 
 absl::Status Run::AfterStep(int64_t steps_done, const Agreement& agreement) {
+  if (agreement.shards_done) SIMPO_RETURN_IF_ERROR(checkpoints_->Finish());
   if (Due(config_.eval_strategy, config_.eval_steps, steps_done)) SIMPO_RETURN_IF_ERROR(RunEvaluation(steps_done));
-  if (Due(config_.save_strategy, config_.save_steps, steps_done)) return Checkpoint(steps_done, /*for_recovery=*/false);
-  if (agreement.stop || agreement.checkpoint) return Checkpoint(steps_done, /*for_recovery=*/true);
-  return absl::OkStatus();
+  using Kind = CheckpointPolicy::Kind;
+  if (Due(config_.save_strategy, config_.save_steps, steps_done)) return Checkpoint(steps_done, Kind::kUsers);
+  if (agreement.stop) return Checkpoint(steps_done, Kind::kStop);
+  return agreement.checkpoint ? Checkpoint(steps_done, Kind::kRecovery) : absl::OkStatus();
 }
 
 absl::StatusOr<TrainOutcome> Run::Loop() {
@@ -423,6 +421,7 @@ absl::StatusOr<TrainOutcome> Run::Loop() {
     const Agreement agreement = Agree();
     SIMPO_RETURN_IF_ERROR(AfterStep(steps_done_, agreement));
     if (agreement.stop && steps_done_ < total_steps_) {
+      SIMPO_RETURN_IF_ERROR(checkpoints_->Finish());
       Event("stopped", absl::StrCat("stopped on request after step ", steps_done_));
       return TrainOutcome::kStopped;
     }
@@ -433,14 +432,16 @@ absl::StatusOr<TrainOutcome> Run::Loop() {
 
 absl::Status Run::Finish() {
   if (config_.do_eval && config_.eval_strategy != "no") SIMPO_RETURN_IF_ERROR(RunEvaluation(steps_done_));
+  SIMPO_RETURN_IF_ERROR(checkpoints_->Finish());
   if (config_.save_strategy != "no") {
     Phase("export");
     const std::filesystem::path final_dir = options_.output_dir / "final";
+    SIMPO_ASSIGN_OR_RETURN(const std::string best, checkpoints_->LoadBest(steps_done_, *params_));
     SIMPO_RETURN_IF_ERROR(ExportHf(final_dir, *params_, options_.model, options_.model_dir, options_.tokenizer_dir,
                                    options_.data.chat_template, comm_));
-    Event("exported", absl::StrCat("model: ", final_dir.string()));
+    Event("exported", absl::StrCat("model: ", final_dir.string(), best.empty() ? "" : " is ", best));
   }
-  if (is_root() && !recovery_checkpoint_.empty()) std::filesystem::remove_all(recovery_checkpoint_);
+  checkpoints_->RemoveRecovery();
   return absl::OkStatus();
 }
 
@@ -456,7 +457,10 @@ ShardingOptions ShardingOf(const JobConfig& config, const ModelConfig& model) {
 absl::StatusOr<TrainOutcome> Train(const TrainOptions& options, Collectives& comm) {
   Run run(options, comm);
   SIMPO_RETURN_IF_ERROR(run.Load());
-  return run.Loop();
+  absl::StatusOr<TrainOutcome> outcome = run.Loop();
+  const absl::Status finished = run.FinishCheckpoint();
+  if (outcome.ok() && !finished.ok()) return finished;
+  return outcome;
 }
 
 }  // namespace simpo

@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -15,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "common/file_system.h"
 #include "common/status_macros.h"
 #include "worker/model/json_fields.h"
 
@@ -51,15 +51,6 @@ const char* NameOf(at::ScalarType dtype) {
   return nullptr;
 }
 
-absl::Status ErrnoStatus(const char* what, const std::filesystem::path& path) {
-  const int error = errno;
-  const std::string text = absl::StrCat("cannot ", what, " ", path.string(), ": ", strerror(error));
-  if (error == ENOENT) return absl::NotFoundError(text);
-  if (error == EACCES || error == EPERM || error == EROFS) return absl::PermissionDeniedError(text);
-  if (error == ENOSPC || error == EDQUOT) return absl::ResourceExhaustedError(text);
-  return absl::UnavailableError(text);
-}
-
 // A name from an untrusted file, for a message.
 std::string Shortened(const std::string& name) { return name.substr(0, 200); }
 
@@ -70,7 +61,7 @@ struct Mapping {
 
 // Maps a regular file that has at least the length field.
 absl::StatusOr<Mapping> MapFile(const std::filesystem::path& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  const int fd = FileSystem::Current().Open(path, O_RDONLY | O_NONBLOCK);
   if (fd < 0) return ErrnoStatus("read", path);
   struct stat info {};
   Mapping mapping;
@@ -187,43 +178,6 @@ absl::Status CheckCoverage(std::vector<SafetensorsEntry> entries, uint64_t data_
       absl::StrCat(where, ": ", file_size - next, " bytes at its end belong to no tensor"));
 }
 
-// A new file that is written from front to end; the first error is kept.
-class Output {
- public:
-  explicit Output(const std::filesystem::path& path)
-      : path_(path), fd_(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
-    if (fd_ < 0) status_ = ErrnoStatus("write", path_);
-  }
-  Output(const Output&) = delete;
-  Output& operator=(const Output&) = delete;
-  ~Output() {
-    if (fd_ >= 0) close(fd_);
-  }
-
-  void Write(const void* data, size_t size) {
-    const char* next = static_cast<const char*>(data);
-    while (size > 0 && status_.ok()) {
-      const ssize_t written = write(fd_, next, size);
-      if (written < 0 && errno == EINTR) continue;
-      if (written < 0) {
-        status_ = ErrnoStatus("write", path_);
-        return;
-      }
-      next += written;
-      size -= static_cast<size_t>(written);
-    }
-  }
-  absl::Status Sync() {
-    if (status_.ok() && fsync(fd_) != 0) status_ = ErrnoStatus("sync", path_);
-    return status_;
-  }
-
- private:
-  const std::filesystem::path path_;
-  const int fd_;
-  absl::Status status_;
-};
-
 }  // namespace
 
 SafetensorsFile::~SafetensorsFile() {
@@ -263,6 +217,12 @@ const SafetensorsEntry* SafetensorsFile::Find(std::string_view name) const {
     if (entry.name == name) return &entry;
   }
   return nullptr;
+}
+
+void SafetensorsFile::Drop(const SafetensorsEntry& entry) const {
+  const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  const uint64_t begin = entry.begin / page * page;
+  madvise(static_cast<char*>(base_) + begin, entry.end - begin, MADV_DONTNEED);
 }
 
 at::Tensor SafetensorsFile::View(const SafetensorsEntry& entry) const {
@@ -362,34 +322,63 @@ absl::StatusOr<at::Tensor> ModelWeightsReader::Get(std::string_view name, at::In
   return file->View(*entry);
 }
 
-absl::StatusOr<uint64_t> WriteSafetensors(const std::filesystem::path& path,
-                                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-                                          const std::map<std::string, std::string>& metadata) {
+absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
+    const std::filesystem::path& path, const std::vector<TensorSpec>& tensors,
+    const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t offset = 0;
-  for (const auto& [name, tensor] : tensors) {
-    const char* dtype = NameOf(tensor.scalar_type());
-    if (dtype == nullptr) {
+  for (const auto& [name, dtype, shape] : tensors) {
+    const char* dtype_name = NameOf(dtype);
+    if (dtype_name == nullptr) {
       return absl::InvalidArgumentError(
           absl::StrCat(path.string(), ": tensor ", name, ": safetensors has no name for its dtype"));
     }
-    header[name] = {
-        {"dtype", dtype}, {"shape", tensor.sizes().vec()}, {"data_offsets", {offset, offset + tensor.nbytes()}}};
-    offset += tensor.nbytes();
+    uint64_t bytes = c10::elementSize(dtype);
+    for (int64_t size : shape) bytes *= static_cast<uint64_t>(size);
+    header[name] = {{"dtype", dtype_name}, {"shape", shape}, {"data_offsets", {offset, offset + bytes}}};
+    offset += bytes;
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // data begins at a multiple of 8
   const uint64_t header_size = text.size();
-  Output file(path);
-  file.Write(&header_size, kLengthBytes);
-  file.Write(text.data(), text.size());
-  for (const auto& [name, tensor] : tensors) {
-    const at::Tensor host = tensor.detach().cpu().contiguous();
-    file.Write(host.data_ptr(), host.nbytes());
-  }
-  SIMPO_RETURN_IF_ERROR(file.Sync());
-  return kLengthBytes + header_size + offset;
+  std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter(path, tensors));
+  writer->Write(&header_size, kLengthBytes);
+  writer->Write(text.data(), text.size());
+  SIMPO_RETURN_IF_ERROR(writer->file_.status());
+  return writer;
+}
+
+void SafetensorsWriter::Write(const void* data, size_t size) {
+  size_ += size;
+  hasher_.Add(data, size);
+  file_.Write(data, size).IgnoreError();  // the file keeps it
+}
+
+absl::Status SafetensorsWriter::Append(const at::Tensor& tensor) {
+  TORCH_CHECK(next_ < tensors_.size(), path_.string(), ": more tensors than were announced");
+  const TensorSpec& spec = tensors_[next_++];
+  TORCH_CHECK(tensor.sizes() == at::IntArrayRef(spec.shape) && tensor.scalar_type() == spec.dtype, path_.string(),
+              ": tensor ", spec.name, " is not what was announced");
+  const at::Tensor host = tensor.detach().cpu().contiguous();
+  Write(host.data_ptr(), host.nbytes());
+  return file_.status();
+}
+
+absl::StatusOr<SafetensorsWriter::Written> SafetensorsWriter::Finish() {
+  TORCH_CHECK(next_ == tensors_.size(), path_.string(), ": fewer tensors than were announced");
+  SIMPO_RETURN_IF_ERROR(file_.Sync());
+  return Written{.bytes = size_, .sha256 = hasher_.Finish()};
+}
+
+absl::StatusOr<SafetensorsWriter::Written> WriteSafetensors(
+    const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+    const std::map<std::string, std::string>& metadata) {
+  std::vector<SafetensorsWriter::TensorSpec> specs;
+  for (const auto& [name, tensor] : tensors) specs.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+  SIMPO_ASSIGN_OR_RETURN(const auto writer, SafetensorsWriter::Create(path, specs, metadata));
+  for (const auto& [name, tensor] : tensors) SIMPO_RETURN_IF_ERROR(writer->Append(tensor));
+  return writer->Finish();
 }
 
 }  // namespace simpo

@@ -14,6 +14,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/file_system.h"
+#include "common/sha256.h"
 
 namespace simpo {
 
@@ -40,6 +42,8 @@ class SafetensorsFile {
   // The tensor as a view of the mapped file (a copy where the file does not align it); valid while
   // this object lives; never write to it.
   at::Tensor View(const SafetensorsEntry& entry) const;
+  // The memory of the tensor's pages may go; they are read again when they are touched.
+  void Drop(const SafetensorsEntry& entry) const;
 
  private:
   SafetensorsFile() = default;
@@ -70,12 +74,45 @@ class ModelWeightsReader {
   std::map<std::string, std::pair<const SafetensorsFile*, const SafetensorsEntry*>, std::less<>> by_name_;
 };
 
-// Writes tensors (any device, made contiguous one at a time) to a new file at `path`, which is
-// durable (synced) when this returns but not renamed into place: callers write into a temporary
-// folder or use common/atomic_file.h. Returns the file's size in bytes.
-absl::StatusOr<uint64_t> WriteSafetensors(const std::filesystem::path& path,
-                                          const std::vector<std::pair<std::string, at::Tensor>>& tensors,
-                                          const std::map<std::string, std::string>& metadata);
+// A new safetensors file written from front to end: the header from what is announced, then the data
+// as it comes, so that no more than one tensor need be in memory.
+class SafetensorsWriter {
+ public:
+  struct TensorSpec {
+    std::string name;
+    at::ScalarType dtype;
+    std::vector<int64_t> shape;
+  };
+  struct Written {
+    uint64_t bytes = 0;  // of the file
+    std::string sha256;
+  };
+  static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> Create(const std::filesystem::path& path,
+                                                                   const std::vector<TensorSpec>& tensors,
+                                                                   const std::map<std::string, std::string>& metadata);
+  // The next tensor of those announced, in their order; any device, made contiguous.
+  absl::Status Append(const at::Tensor& tensor);
+  // After the last: the file is durable (synced) when this returns, but not renamed into place: callers
+  // write into a temporary folder or use common/atomic_file.h.
+  absl::StatusOr<Written> Finish();
+
+ private:
+  SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> tensors)
+      : path_(path), tensors_(std::move(tensors)), file_(path) {}
+  void Write(const void* data, size_t size);
+
+  const std::filesystem::path path_;
+  const std::vector<TensorSpec> tensors_;
+  OutputFile file_;
+  Sha256Hasher hasher_;
+  size_t next_ = 0;  // the tensor to come
+  uint64_t size_ = 0;
+};
+
+// All of it at once.
+absl::StatusOr<SafetensorsWriter::Written> WriteSafetensors(
+    const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
+    const std::map<std::string, std::string>& metadata);
 
 }  // namespace simpo
 

@@ -11,18 +11,17 @@
 namespace simpo {
 namespace {
 
-constexpr int64_t kMaxReasonBytes = 4096;
-
-// The text that `root` holds, on every rank.
-std::string BroadcastText(const std::string& text, int root, Collectives& comm) {
-  at::Tensor bytes = at::zeros({kMaxReasonBytes}, at::kByte);
-  char* data = static_cast<char*>(bytes.data_ptr());
-  if (comm.rank() == root) std::memcpy(data, text.data(), std::min<size_t>(text.size(), kMaxReasonBytes));
-  comm.Broadcast(bytes, root);
-  return std::string(data, strnlen(data, kMaxReasonBytes));
-}
+constexpr int64_t kMaxTextBytes = 4096;
 
 }  // namespace
+
+std::string BroadcastText(const std::string& text, int root, Collectives& comm) {
+  at::Tensor bytes = at::zeros({kMaxTextBytes}, at::kByte);
+  char* data = static_cast<char*>(bytes.data_ptr());
+  if (comm.rank() == root) std::memcpy(data, text.data(), std::min<size_t>(text.size(), kMaxTextBytes));
+  comm.Broadcast(bytes, root);
+  return std::string(data, strnlen(data, kMaxTextBytes));
+}
 
 absl::Status AgreeOn(const absl::Status& mine, Collectives& comm, std::string_view what) {
   at::Tensor codes_W = at::zeros({comm.world_size()}, at::kLong);

@@ -1,6 +1,7 @@
 #ifndef SIMPO_WORKER_SHARD_AGREE_ON_H_
 #define SIMPO_WORKER_SHARD_AGREE_ON_H_
 
+#include <string>
 #include <string_view>
 
 #include "absl/status/status.h"
@@ -13,6 +14,9 @@ namespace simpo {
 // first failed rank's code that names this rank, `what` ("writing the checkpoint") and its reason.
 // Collective.
 absl::Status AgreeOn(const absl::Status& mine, Collectives& comm, std::string_view what);
+
+// The text that rank `root` holds, on every rank; at most 4096 bytes of it. Collective.
+std::string BroadcastText(const std::string& text, int root, Collectives& comm);
 
 }  // namespace simpo
 

@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
-constexpr int64_t kFormat = 1;
+constexpr int64_t kFormat = 2;  // 1 had neither compute_dtype nor hf_files
 constexpr int64_t kMaxBytes = 256 << 20;
 constexpr int64_t kMaxRanks = 1 << 20;
 constexpr int64_t kMaxElements = int64_t{1} << 60;
@@ -56,6 +56,28 @@ TrainerState ParseState(JsonFields& fields) {
   return state;
 }
 
+// Elements of a shape from a file; no more than kMaxElements + 1 are counted.
+int64_t Numel(const std::vector<int64_t>& shape) {
+  int64_t numel = 1;
+  for (int64_t size : shape) {
+    if (size < 0 || (size > 0 && numel > kMaxElements / size)) return kMaxElements + 1;
+    numel *= size;
+  }
+  return numel;
+}
+
+// Whether every tensor lies within its bucket.
+void CheckPlaces(const CheckpointManifest& manifest, JsonFields& fields) {
+  for (const CheckpointManifest::Layout& bucket : manifest.buckets) {
+    if (bucket.shard_numel > kMaxElements / manifest.world_size) return fields.Fail("shard_numel", "is too large");
+    for (const CheckpointManifest::Slot& slot : bucket.slots) {
+      if (slot.offset + Numel(slot.shape) > bucket.shard_numel * manifest.world_size) {
+        return fields.Fail(slot.name, absl::StrCat("does not lie within its bucket ", bucket.name));
+      }
+    }
+  }
+}
+
 CheckpointManifest::Slot ParseSlot(const Json& json, JsonFields& parent) {
   JsonFields fields(json, "slot");
   CheckpointManifest::Slot slot;
@@ -65,6 +87,7 @@ CheckpointManifest::Slot ParseSlot(const Json& json, JsonFields& parent) {
     if (!size.is_number_unsigned()) fields.Fail("shape", "must be whole numbers");
     if (fields.status().ok()) slot.shape.push_back(size.get<int64_t>());
   }
+  if (fields.status().ok() && Numel(slot.shape) > kMaxElements) fields.Fail("shape", "is larger than any tensor");
   parent.Merge(fields);
   return slot;
 }
@@ -79,10 +102,29 @@ CheckpointManifest::Layout ParseLayout(const Json& json, JsonFields& parent) {
   return layout;
 }
 
-CheckpointManifest ParseManifest(const Json& json, JsonFields& fields) {
+std::vector<CheckpointManifest::File> ParseFiles(JsonFields& parent, const char* key) {
+  std::vector<CheckpointManifest::File> files;
+  for (const Json& item : parent.Array(key)) {
+    JsonFields file(item, key);
+    files.push_back({file.Text("name"), file.Integer("bytes", 0, kMaxElements), file.Text("sha256")});
+    parent.Merge(file);
+  }
+  return files;
+}
+
+OrderedJson FormatFiles(const std::vector<CheckpointManifest::File>& files) {
+  OrderedJson json = OrderedJson::array();
+  for (const auto& [name, bytes, sha256] : files) {
+    json.push_back({{"name", name}, {"bytes", bytes}, {"sha256", sha256}});
+  }
+  return json;
+}
+
+CheckpointManifest ParseFields(const Json& json, JsonFields& fields) {
   CheckpointManifest manifest;
-  if (fields.Integer("format", 0, kMaxElements) != kFormat) {
-    fields.Fail("format", absl::StrCat("is not ", kFormat, ", which this program reads"));
+  const int64_t format = fields.Integer("format", 0, kMaxElements);
+  if (format < 1 || format > kFormat) {
+    fields.Fail("format", absl::StrCat("is ", format, "; this program reads 1 to ", kFormat));
   }
   manifest.state = ParseState(fields);
   manifest.world_size = static_cast<int>(fields.Integer("world_size", 1, kMaxRanks));
@@ -90,17 +132,26 @@ CheckpointManifest ParseManifest(const Json& json, JsonFields& fields) {
   for (const Json& bucket : fields.Array("buckets")) {
     manifest.buckets.push_back(ParseLayout(bucket, fields));
   }
-  for (const Json& item : fields.Array("files")) {
-    JsonFields file(item, "files");
-    manifest.files.push_back({file.Text("name"), file.Integer("bytes", 0, kMaxElements), file.Text("sha256")});
-    const auto rank = static_cast<int>(manifest.files.size()) - 1;
-    if (manifest.files.back().name != CheckpointShardName(rank, manifest.world_size)) {
-      file.Fail("name", "is not this rank's");
+  if (fields.status().ok()) CheckPlaces(manifest, fields);
+  manifest.files = ParseFiles(fields, "files");
+  for (size_t i = 0; i < manifest.files.size(); ++i) {
+    if (manifest.files[i].name != CheckpointShardName(static_cast<int>(i), manifest.world_size)) {
+      fields.Fail("files", "has a name that is not its rank's");
     }
-    fields.Merge(file);
   }
   if (manifest.files.size() != static_cast<size_t>(manifest.world_size)) {
     fields.Fail("files", "must be one per rank");
+  }
+  if (format < 2) return manifest;
+  manifest.compute_dtype = fields.Text("compute_dtype");
+  if (manifest.compute_dtype != "float32" && manifest.compute_dtype != "bfloat16") {
+    fields.Fail("compute_dtype", "must be float32 or bfloat16");
+  }
+  manifest.hf_files = ParseFiles(fields, "hf_files");
+  for (const CheckpointManifest::File& file : manifest.hf_files) {
+    if (file.name.empty() || file.name[0] == '.' || file.name.find('/') != std::string::npos) {
+      fields.Fail("hf_files", "must be names of files");
+    }
   }
   return manifest;
 }
@@ -132,8 +183,10 @@ std::string FormatManifest(const CheckpointManifest& manifest) {
                       {"extra", OrderedJson::object()},
                       {"world_size", manifest.world_size},
                       {"zero_stage", manifest.zero_stage},
+                      {"compute_dtype", manifest.compute_dtype},
                       {"buckets", OrderedJson::array()},
-                      {"files", OrderedJson::array()}};
+                      {"files", FormatFiles(manifest.files)},
+                      {"hf_files", FormatFiles(manifest.hf_files)}};
   for (const auto& [key, value] : state.extra) json["extra"][key] = FormatDouble(value);
   for (const CheckpointManifest::Layout& bucket : manifest.buckets) {
     OrderedJson slots = OrderedJson::array();
@@ -142,38 +195,40 @@ std::string FormatManifest(const CheckpointManifest& manifest) {
     }
     json["buckets"].push_back({{"name", bucket.name}, {"shard_numel", bucket.shard_numel}, {"slots", slots}});
   }
-  for (const CheckpointManifest::File& file : manifest.files) {
-    json["files"].push_back({{"name", file.name}, {"bytes", file.bytes}, {"sha256", file.sha256}});
-  }
   json[kDigestKey] = std::string(kDigestLength, '0');
-  std::string text = json.dump(1) + "\n";
-  const std::string digest = Sha256(text);
-  return text.replace(FindDigest(text), kDigestLength, digest);
+  return SignManifest(json.dump(1) + "\n");
+}
+
+std::string SignManifest(std::string text) {
+  const size_t digest = FindDigest(text);
+  if (digest == std::string::npos) return text;
+  text.replace(digest, kDigestLength, kDigestLength, '0');
+  return text.replace(digest, kDigestLength, Sha256(text));
 }
 
 absl::StatusOr<CheckpointManifest> ReadManifest(const fs::path& path) {
   const std::string where = (path / "manifest.json").string();
   SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadFile(where, kMaxBytes));
-  std::string unsigned_text = text;
-  const size_t digest = FindDigest(text);
-  if (digest != std::string::npos) {
-    unsigned_text.replace(digest, kDigestLength, kDigestLength, '0');
-  }
-  if (digest == std::string::npos || Sha256(unsigned_text) != text.substr(digest, kDigestLength)) {
+  return ParseManifest(text, where);
+}
+
+absl::StatusOr<CheckpointManifest> ParseManifest(const std::string& text, const std::string& where) {
+  if (FindDigest(text) == std::string::npos || SignManifest(text) != text) {
     return absl::DataLossError(absl::StrCat(where, " is damaged: its ", kDigestKey, " is not that of its text"));
   }
   const absl::StatusOr<Json> json = ParseJsonObject(text, where);
   if (!json.ok()) return absl::DataLossError(json.status().message());
   JsonFields fields(*json, where);
-  CheckpointManifest manifest = ParseManifest(*json, fields);
+  CheckpointManifest manifest = ParseFields(*json, fields);
   if (!fields.status().ok()) return absl::DataLossError(fields.status().message());
   return manifest;
 }
 
 absl::Status CheckShardFiles(const fs::path& path, const CheckpointManifest& manifest, size_t first, size_t stride) {
-  for (size_t i = first; i < manifest.files.size(); i += stride) {
-    const CheckpointManifest::File& file = manifest.files[i];
-    const fs::path name = path / file.name;
+  const size_t shards = manifest.files.size();
+  for (size_t i = first; i < shards + manifest.hf_files.size(); i += stride) {
+    const CheckpointManifest::File& file = i < shards ? manifest.files[i] : manifest.hf_files[i - shards];
+    const fs::path name = i < shards ? path / file.name : path / kHfFilesFolder / file.name;
     std::error_code error;
     const auto size = static_cast<int64_t>(fs::file_size(name, error));
     if (error) {

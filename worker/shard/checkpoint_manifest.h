@@ -41,22 +41,33 @@ struct CheckpointManifest {
   };
   TrainerState state;
   int world_size = 1;
-  int zero_stage = 0;  // of the run that wrote it; the shards do not depend on it
+  int zero_stage = 0;         // of the run that wrote it; the shards do not depend on it
+  std::string compute_dtype;  // "float32" or "bfloat16": of the run, and of an export
   std::vector<Layout> buckets;
-  std::vector<File> files;  // one per rank, in order
+  std::vector<File> files;     // one per rank, in order
+  std::vector<File> hf_files;  // in kHfFilesFolder; none in a checkpoint of format 1
 };
+
+// The folder within a checkpoint that holds what an HF model folder has beside the weights.
+inline constexpr const char* kHfFilesFolder = "hf";
 
 // The file of `rank`'s shard: "shard-00000-of-00002.safetensors".
 std::string CheckpointShardName(int rank, int world_size);
 
 std::string FormatManifest(const CheckpointManifest& manifest);
 
-// Parses `path`/manifest.json. NOT_FOUND when there is none; DATA_LOSS names the file when its own
-// checksum does not fit or a field is missing or of another type.
+// Parses the text of a manifest; `where` names it in errors. DATA_LOSS when its own checksum does not fit
+// or a field is missing or of another type.
+absl::StatusOr<CheckpointManifest> ParseManifest(const std::string& text, const std::string& where);
+
+// Parses `path`/manifest.json. NOT_FOUND when there is none.
 absl::StatusOr<CheckpointManifest> ReadManifest(const std::filesystem::path& path);
 
-// Compares the sizes and SHA-256 of the files first, first + stride, ... of the manifest with those
-// in `path`, so that ranks can share the work. DATA_LOSS names the first file that is missing or
+// The text of a manifest with its own checksum filled in.
+std::string SignManifest(std::string text);
+
+// Compares the sizes and SHA-256 of the files first, first + stride, ... of the manifest (shards, then the
+// others) with those in `path`, so that ranks can share the work. DATA_LOSS names the first file that is missing or
 // differs.
 absl::Status CheckShardFiles(const std::filesystem::path& path, const CheckpointManifest& manifest, size_t first,
                              size_t stride);

@@ -17,12 +17,18 @@ std::filesystem::path PartialFolder(const std::filesystem::path& path);
 // PublishFolder; a crash between them leaves it there.
 std::filesystem::path OldFolder(const std::filesystem::path& path);
 
+// Makes a folder and its parents, each durable in the one above it.
+absl::Status MakeFolders(const std::filesystem::path& path);
+
 // Makes PartialFolder(path), and its parents; whatever an earlier run left of it is removed.
 absl::Status StartFolder(const std::filesystem::path& path);
 
 // Syncs PartialFolder(path), renames it to `path` in place of an earlier folder, and syncs the
 // parent. The files in it must have been synced.
 absl::Status PublishFolder(const std::filesystem::path& path);
+
+// Removes PartialFolder(path), if it is there.
+absl::Status RemovePartial(const std::filesystem::path& path);
 
 // Removes `path`, under another name, so that a crash half-way does not leave half a folder there.
 absl::Status RemoveFolder(const std::filesystem::path& path);

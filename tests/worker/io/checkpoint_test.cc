@@ -402,7 +402,11 @@ TEST(PruneCheckpoints, KeepsTheNewestAndTheProtected) {
   EXPECT_EQ(NamesIn(dir.path()).size(), 5U);
   const std::vector<fs::path> best = {dir.path() / "." / "step-000010"};
   ASSERT_TRUE(PruneCheckpoints(dir.path(), 2, best).ok());
-  EXPECT_THAT(NamesIn(dir.path()), ElementsAre("step-000010", "step-000040", "step-000050"));
+  // The protected one counts, as in transformers.
+  EXPECT_THAT(NamesIn(dir.path()), ElementsAre("step-000010", "step-000050"));
+  const std::vector<fs::path> both = {dir / "step-000010", dir / "step-000050"};
+  ASSERT_TRUE(PruneCheckpoints(dir.path(), 1, both).ok());
+  EXPECT_EQ(NamesIn(dir.path()).size(), 2U);
 }
 
 TEST(AgreeOn, GivesTheFirstFailuresCode) {

@@ -85,9 +85,10 @@ TEST(WriteSafetensors, IsReadBackBitForBit) {
   }
   tensors.emplace_back("transposed", at::arange(6, at::kFloat).view({2, 3}).t());
   tensors.emplace_back("scalar", at::full({}, 3.0));
-  const auto size = WriteSafetensors(dir / "x.safetensors", tensors, {{"k", "\xC3\xA9 \"q\""}});
-  ASSERT_TRUE(size.ok()) << size.status();
-  EXPECT_EQ(*size, std::filesystem::file_size(dir / "x.safetensors"));
+  const auto written = WriteSafetensors(dir / "x.safetensors", tensors, {{"k", "\xC3\xA9 \"q\""}});
+  ASSERT_TRUE(written.ok()) << written.status();
+  EXPECT_EQ(written->bytes, std::filesystem::file_size(dir / "x.safetensors"));
+  EXPECT_EQ(written->sha256, *Sha256OfFile(dir / "x.safetensors"));
   const auto file = SafetensorsFile::Open(dir / "x.safetensors");
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_EQ((*file)->metadata().at("k"), "\xC3\xA9 \"q\"");
