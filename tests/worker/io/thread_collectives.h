@@ -84,6 +84,7 @@ class ThreadWorld {
         queue_.pop_front();
         ++done_;
         work();
+        world_.tensors_[rank_].reset();  // the last Meet of every verb comes after all have read
       }
     }
 
