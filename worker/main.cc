@@ -354,6 +354,8 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
       return Fail(status, ExitCodeOf(status));
     }
   }
+  // The thread that waits in MPI gives its core to the ranks that compute, unless the user says otherwise.
+  setenv("OMPI_MCA_mpi_yield_when_idle", "1", /*overwrite=*/0);
   int provided = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided);
   SetThreads(job.config);

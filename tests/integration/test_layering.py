@@ -1,5 +1,6 @@
 """The arrows between the folders, as docs/architecture.md draws them: read from the sources themselves."""
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -97,3 +98,13 @@ def test_the_commands_that_contributing_names_exist():
         assert f'"name": "{preset}"' in presets, preset
     for path in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (ROOT / path).exists(), f"CONTRIBUTING.md links to {path}"
+
+
+def test_every_planted_mistake_has_its_place():
+    """`make mutants` is not part of `make test`; a change that moves the place of a mutant is seen here."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests/parity/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+    for name, (path, there, instead) in mutants.MUTANTS.items():
+        assert (ROOT / path).read_text().count(there) == 1, f"mutant '{name}': {path} does not hold {there!r} once"
+        assert there != instead

@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MUTANTS = {
     "bias correction one update ahead": (
         "worker/adamw.cc",
-        "static_cast<double>(update), at::kFloat",
-        "static_cast<double>(update + 1), at::kFloat",
+        "static_cast<double>(update), grad.options()",
+        "static_cast<double>(update + 1), grad.options()",
     ),
     "no clipping": ("worker/adamw.cc", "std::min(1.0, max_norm / (norm + 1e-6))", "1.0"),
     "weight decay on biases and norms": (
