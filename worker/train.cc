@@ -164,6 +164,7 @@ absl::Status Run::Load() {
   gemm_peak_ = MeasureGemmPeak(dtype);
   SIMPO_RETURN_IF_ERROR(OpenLogs());
   WriteManifest();
+  if (is_root()) SIMPO_RETURN_IF_ERROR(WriteDataReport(options_.data, options_.output_dir));
   Event("data_report",
         absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters", train_data_->size(),
                         total_steps_, global_batch_size_, comm_.world_size(), dtype == at::kFloat ? "fp32" : "bf16",
