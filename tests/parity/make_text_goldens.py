@@ -144,6 +144,32 @@ def render(tokenizer, template, messages, header):
         return {"error": str(error)}
 
 
+def princeton_rows(tokenizer):
+    """Awkward rows by the rules of the paper's trainer, with each kind of template, cut at either end."""
+    items = []
+    # The template of instructions refuses an answer alone, as that trainer renders it.
+    for template in ("headers", "chatml", "mistral"):
+        if template == "mistral":
+            render = lambda messages: text.mistral_text(messages, tokenizer.eos_token)
+            knows_system = True
+        else:
+            source = text.TEMPLATES[template]
+            render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
+            knows_system = "system" in source or "<|im_start|>" in source
+        for keep in ("keep_end", "keep_start"):
+            limits = dict(max_length=220, max_prompt_length=90)
+            for row in text.awkward_conversations(31, 12):
+                items.append(
+                    {
+                        "template": template,
+                        "keep": keep,
+                        "row": json.dumps(row, ensure_ascii=False),
+                        "tokens": text.princeton_tokens(tokenizer, row, render, knows_system, keep=keep, **limits),
+                    }
+                )
+    return items
+
+
 PARQUET = ["none", "snappy", "gzip", "zstd", "lz4", "brotli"]
 
 
@@ -219,8 +245,9 @@ def make(folder):
         "rows": [
             {"row": json.dumps(row, ensure_ascii=False), "tokens": trl_tokens(tokenizer, row)} for row in row_forms()
         ],
+        "princeton_rows": princeton_rows(tokenizer),
     }
-    lists = {name: golden.pop(name) for name in ("texts", "renderings", "rows")}
+    lists = {name: golden.pop(name) for name in ("texts", "renderings", "rows", "princeton_rows")}
     lines = lambda items: "[\n" + ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in items) + "]"
     body = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in golden.items()] + [
         f" {json.dumps(k)}: {lines(v)}" for k, v in lists.items()
@@ -230,7 +257,8 @@ def make(folder):
     print(
         f"text: {len(TEXTS)} texts, {len(lists['renderings'])} renderings, "
         f"{len(lists['rows'])} rows through TRL {trl.__version__}, "
-        f"{sum(r['tokens'] is None for r in lists['rows'])} without a response"
+        f"{sum(r['tokens'] is None for r in lists['rows'])} without a response, "
+        f"{len(lists['princeton_rows'])} by the rules of the paper's trainer"
     )
     return files + ["tokenizer.json", "tokenizer_config.json", "golden.json"]
 

@@ -68,42 +68,37 @@ absl::StatusOr<std::string> ConfigOf(const JobConfig& config, size_t source, siz
 }
 
 struct SplitNames {
-  std::vector<std::string> train = {"train"};
-  std::vector<std::string> eval = {"test"};
+  std::string train = "train";
+  std::string eval = "test";
 };
 
-// alignment-handbook tells splits by "train" in their names; without it the first one is trained on.
+// The first is trained on, unless only the second one is called train something, as alignment-handbook
+// tells them.
 SplitNames NamesOfSplits(const std::vector<std::string>& splits) {
   SplitNames names;
-  if (splits.empty()) return names;
+  if (!splits.empty()) names.train = splits[0];
+  if (splits.size() < 2) return names;
+  names.eval = splits[1];
   auto is_train = [](const std::string& name) { return name.find("train") != std::string::npos; };
-  const bool any = std::any_of(splits.begin(), splits.end(), is_train);
-  names.train.clear();
-  std::vector<std::string> rest;
-  for (const std::string& name : splits) {
-    (any ? is_train(name) : names.train.empty()) ? names.train.push_back(name) : rest.push_back(name);
-  }
-  if (!rest.empty()) names.eval = rest;
+  if (is_train(names.eval) && !is_train(names.train)) std::swap(names.train, names.eval);
   return names;
 }
 
-// Every source must have the splits when `required`. `whole` leaves the fractions out.
+// Every source must have the split when it is `required`. `whole` leaves the fractions out.
 absl::StatusOr<Split> FindSplit(const JobConfig& config, const std::vector<std::pair<std::string, double>>& mixer,
-                                const std::vector<std::string>& names, bool required, bool whole) {
+                                const std::string& name, bool required, bool whole) {
   Split split;
   for (size_t i = 0; i < mixer.size(); ++i) {
     const auto& [source, fraction] = mixer[i];
     SIMPO_ASSIGN_OR_RETURN(const std::string folder, ConfigOf(config, i, mixer.size()));
-    for (const std::string& name : names) {
-      const SplitQuery query{.split = name, .config = folder, .unnamed = required && name == names.front()};
-      SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files, FindSplitFiles(source, query));
-      if (!files.empty()) {
-        split.push_back({std::move(files), whole ? 1.0 : fraction});
-      } else if (required && !(query.split != names.front() && fs::is_regular_file(source))) {
-        return absl::NotFoundError(absl::StrCat("dataset '", source, "' has no ", name,
-                                                ".jsonl (.json, .csv, .parquet); name its training split with "
-                                                "dataset_splits"));
-      }
+    SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files,
+                           FindSplitFiles(source, {.split = name, .config = folder, .unnamed = required}));
+    if (!files.empty()) {
+      split.push_back({std::move(files), whole ? 1.0 : fraction});
+    } else if (required) {
+      return absl::NotFoundError(absl::StrCat("dataset '", source, "' has no ", name,
+                                              ".jsonl (.json, .csv, .parquet); name its training split with "
+                                              "dataset_splits"));
     }
   }
   return split;
@@ -463,8 +458,7 @@ absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path
   SIMPO_ASSIGN_OR_RETURN(data.train_cache,
                          PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));
   if (eval.empty()) {
-    if (config.do_eval)
-      data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", absl::StrJoin(names.eval, ", ")));
+    if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", names.eval));
   } else {
     DataReport report;
     bool eval_conversational = false;
