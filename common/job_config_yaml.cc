@@ -36,8 +36,13 @@ class Parser {
   ParsedJob Parse(std::string_view yaml) {
     try {
       if (ReadJobEntries(yaml, options_.overrides, &reading_)) {
+        // gamma is the paper's own key; its later files have the ratio and a hub_model_id.
+        princeton_dialect_ = reading_.Find("gamma") != nullptr ||
+                             (reading_.Find("gamma_beta_ratio") != nullptr &&
+                              (reading_.Find("hub_model_id") != nullptr || reading_.Find("trainer_type") != nullptr));
         ConvertForeignKeys(&reading_);
         for (const JobEntry& entry : reading_.entries) Apply(entry);
+        FillInCompat();
         CheckTogether();
         FillInBatch();
         NoteDefaults();
@@ -67,6 +72,7 @@ class Parser {
   void SetLabels(const JobEntry& entry, Labels* labels);
   void SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string text);
   void SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::string& text);
+  void FillInCompat();
   void CheckTogether();
   void CheckBestModel();
   void FillInBatch();
@@ -92,6 +98,7 @@ class Parser {
   JobReading reading_;
   std::map<std::string, std::string> given_;  // key -> how and where it was written
   JobConfig config_;
+  bool princeton_dialect_ = false;
 };
 
 bool Parser::ApplyIgnored(const JobEntry& entry) {
@@ -260,13 +267,29 @@ std::string Parser::ResolvePath(const std::string& value) const {
     if (home != nullptr) expanded = absl::StrCat(home, value.substr(1));
   }
   const fs::path path = fs::path(expanded).is_absolute() ? fs::path(expanded) : fs::path(base_dir_) / expanded;
-  static const std::set<std::string> kFileEndings = {".jsonl", ".json", ".parquet", ".jinja", ".safetensors"};
+  static const std::set<std::string> kFileEndings = {".jsonl",   ".json",  ".csv",        ".gz",
+                                                     ".parquet", ".jinja", ".safetensors"};
   const bool says_path = value.starts_with("./") || value.starts_with("../") || value.starts_with("~/") ||
                          value[0] == '/' || value == "." || value == ".." ||
                          std::count(value.begin(), value.end(), '/') > 1 ||
                          kFileEndings.contains(path.extension().string());
   std::error_code error;
   return says_path || fs::exists(path, error) ? path.lexically_normal().string() : value;
+}
+
+// The paper's trainer cuts gradients only when asked; a file of its kind that does not say compat is
+// told what differs.
+void Parser::FillInCompat() {
+  if (config_.compat == "princeton" && !Given("max_grad_norm")) {
+    config_.max_grad_norm = 0;
+    given_.emplace("max_grad_norm", "");
+    reading_.Note("compat princeton: max_grad_norm 0 (gradients are not clipped), since it is not given");
+  }
+  if (Given("compat") || !princeton_dialect_) return;
+  reading_.Note(
+      "this looks like a file of the paper's trainer: by default the generation header is not scored, truncation is "
+      "per "
+      "response and gradients are clipped at 1.0; compat: princeton keeps that trainer's rules");
 }
 
 // What no single key can tell.

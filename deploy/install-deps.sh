@@ -3,7 +3,7 @@
 # Idempotent: a second run only checks, and takes about a second.
 #
 #   deploy/install-deps.sh               build, test and run
-#   deploy/install-deps.sh --with lint   also clang-format and clang-tidy
+#   deploy/install-deps.sh --with lint   also clang-format, clang-tidy and clang for the fuzzers
 #   deploy/install-deps.sh --with parity also the Python side: torch, transformers, TRL (6 GB)
 #
 # What lands where: Debian packages in the system (as root, or through sudo); libtorch under
@@ -41,10 +41,11 @@ packages=(
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev libssl-dev
   libopenmpi-dev openmpi-bin
   libsqlite3-dev prometheus-cpp-dev libcpp-httplib-dev libyaml-cpp-dev nlohmann-json3-dev libcli11-dev
-  libgtest-dev libgmock-dev libjemalloc-dev
+  libgtest-dev libgmock-dev libjemalloc-dev zlib1g-dev
   prometheus
 )
-[ $with_lint = 1 ] && packages+=(clang-format clang-tidy)
+[ $with_lint = 1 ] && packages+=(clang-format clang-tidy clang-14)
+[ $with_parity = 1 ] && { command -v npm >/dev/null || packages+=(npm); }
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(cargo-web rustc-web)
 
 missing=()

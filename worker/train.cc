@@ -198,6 +198,7 @@ absl::Status Run::Load() {
                                  .steps_planned = total_steps_,
                                  .resumed_after_step = steps_done_},
                                 comm_));
+  if (is_root()) ThrowIfError(WriteDataReport(options_.data, options_.output_dir));
   Event("data_report",
         absl::StrFormat("%d pairs in %d steps of %d on %d ranks, %s, ZeRO stage %d, %d parameters", train_data_->size(),
                         total_steps_, global_batch_size_, comm_.world_size(), dtype == at::kFloat ? "fp32" : "bf16",

@@ -48,7 +48,7 @@ seed: 123456789012
 max_length: 1024
 max_prompt_length: 512
 truncation_mode: keep_start
-compat: trl
+compat: princeton
 drop_ties: true
 beta: 2.1
 gamma_beta_ratio: 0.3
@@ -110,7 +110,7 @@ TEST(JobConfigYaml, ReadsEveryKey) {
   EXPECT_EQ(config.output_dir, "./out");
   EXPECT_EQ(config.resume_from_checkpoint, "true");
   // The text above must grow with the table: no key may still have its default, but those with one value.
-  const std::set<std::string_view> one_value = {"launcher", "compat", "resources.nodes", "resources.device"};
+  const std::set<std::string_view> one_value = {"launcher", "resources.nodes", "resources.device"};
   const JobConfig defaults;
   for (const JobKeyRow& row : JobKeyRows()) {
     if (one_value.contains(row.key.name)) continue;
@@ -125,6 +125,22 @@ TEST(JobConfigYaml, WritesWhatItReads) {
     EXPECT_EQ(ConfigOf(Parse(text)), config) << text;
     EXPECT_EQ(JobConfigToYaml(ConfigOf(Parse(text))), text);
   }
+}
+
+// The paper's trainer does not clip unless asked.
+TEST(JobConfigYaml, CompatPrincetonLeavesGradientsAsTheyAre) {
+  EXPECT_EQ(ConfigOf(ParseWith("compat: princeton")).max_grad_norm, 0);
+  EXPECT_EQ(ConfigOf(ParseWith("compat: princeton\nmax_grad_norm: 1.0")).max_grad_norm, 1);
+  EXPECT_EQ(ConfigOf(ParseWith("compat: trl")).max_grad_norm, 1);
+  EXPECT_THAT(ParseWith("compat: princeton").notes, Contains(HasSubstr("gradients are not clipped")));
+}
+
+TEST(JobConfigYaml, AFileOfThePapersTrainerIsToldWhatDiffers) {
+  for (const char* dialect : {"gamma: 1.0", "gamma_beta_ratio: 0.5\nhub_model_id: simpo-exps"}) {
+    EXPECT_THAT(ParseWith(dialect).notes, Contains(HasSubstr("compat: princeton keeps"))) << dialect;
+    EXPECT_THAT(ParseWith(std::string(dialect) + "\ncompat: trl").notes, Not(Contains(HasSubstr("keeps"))));
+  }
+  EXPECT_THAT(ParseWith("gamma_beta_ratio: 0.5").notes, Not(Contains(HasSubstr("keeps"))));
 }
 
 TEST(JobConfigYaml, WritesNumbersAsPeopleDo) {

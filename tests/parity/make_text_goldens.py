@@ -4,7 +4,8 @@
     make_text_goldens.py [--check]                    run by the Python of `make parity`
 
 golden.json holds the token ids of awkward texts, chat templates rendered by transformers, and rows of preference
-data in every form with the token ids that TRL's CPOTrainer trains on. --check makes them again in a temporary folder
+data in every form with the token ids that TRL's CPOTrainer trains on; parquet/ holds the same rows in each of Parquet's
+compressions, and in rows.jsonl what a reader must give of them. --check makes them again in a temporary folder
 and compares every byte with the committed ones.
 """
 
@@ -19,6 +20,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+import pyarrow
+import pyarrow.parquet
 import transformers
 import trl
 from datasets import Dataset, disable_progress_bars
@@ -141,8 +144,86 @@ def render(tokenizer, template, messages, header):
         return {"error": str(error)}
 
 
+def princeton_rows(tokenizer):
+    """Awkward rows by the rules of the paper's trainer, with each kind of template, cut at either end."""
+    items = []
+    # The template of instructions refuses an answer alone, as that trainer renders it.
+    for template in ("headers", "chatml", "mistral"):
+        if template == "mistral":
+            render = lambda messages: text.mistral_text(messages, tokenizer.eos_token)
+            knows_system = True
+        else:
+            source = text.TEMPLATES[template]
+            render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
+            knows_system = "system" in source or "<|im_start|>" in source
+        for keep in ("keep_end", "keep_start"):
+            limits = dict(max_length=220, max_prompt_length=90)
+            for row in text.awkward_conversations(31, 12):
+                items.append(
+                    {
+                        "template": template,
+                        "keep": keep,
+                        "row": json.dumps(row, ensure_ascii=False),
+                        "tokens": text.princeton_tokens(tokenizer, row, render, knows_system, keep=keep, **limits),
+                    }
+                )
+    return items
+
+
+PARQUET = ["none", "snappy", "gzip", "zstd", "lz4", "brotli"]
+
+
+def make_parquet(folder):
+    """Columns that are read and such that are not, nulls, empty lists, several row groups, pages and encodings."""
+    os.makedirs(folder, exist_ok=True)
+    rows = []
+    for i, (prompt, chosen, rejected) in enumerate(text.words(21, 90)):
+        messages = lambda answer: [user(prompt)] * (i % 3) + [assistant(answer)]
+        rows.append(
+            {
+                "source": f"set {i % 4}",
+                "prompt": None if i % 7 == 0 else prompt,
+                "chosen": [] if i % 11 == 0 else messages(chosen),
+                "rejected": messages(rejected),
+                "score_chosen": None if i % 5 == 0 else i / 4,
+                "score_rejected": float(i % 2),
+                "chosen_rating": i,
+                "tags": [prompt] * (i % 2),
+            }
+        )
+    message = pyarrow.struct([("content", pyarrow.string()), ("role", pyarrow.string())])
+    schema = pyarrow.schema(
+        [
+            ("source", pyarrow.string()),
+            ("prompt", pyarrow.string()),
+            ("chosen", pyarrow.list_(message)),
+            ("rejected", pyarrow.list_(message)),
+            ("score_chosen", pyarrow.float64()),
+            pyarrow.field("score_rejected", pyarrow.float32(), nullable=False),
+            ("chosen_rating", pyarrow.int64()),
+            ("tags", pyarrow.list_(pyarrow.string())),
+        ]
+    )
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
+    for i, compression in enumerate(PARQUET):
+        pyarrow.parquet.write_table(
+            table,
+            os.path.join(folder, f"{compression}.parquet"),
+            compression=compression,
+            row_group_size=37,
+            data_page_size=400,
+            use_dictionary=i % 2 == 0,
+            data_page_version="2.0" if i % 3 == 1 else "1.0",
+        )
+    for row in rows:
+        row.update(source=None, tags=None)
+    text.write_jsonl(os.path.join(folder, "rows.jsonl"), rows)
+    return [os.path.join("parquet", name) for name in ["rows.jsonl"] + [f"{c}.parquet" for c in PARQUET]]
+
+
 def make(folder):
     text.make_tokenizer(folder)
+    files = make_parquet(os.path.join(folder, "parquet"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     golden = {
         "what": "What transformers and TRL make of texts; made by tests/parity/make_text_goldens.py, never by hand.",
@@ -164,8 +245,9 @@ def make(folder):
         "rows": [
             {"row": json.dumps(row, ensure_ascii=False), "tokens": trl_tokens(tokenizer, row)} for row in row_forms()
         ],
+        "princeton_rows": princeton_rows(tokenizer),
     }
-    lists = {name: golden.pop(name) for name in ("texts", "renderings", "rows")}
+    lists = {name: golden.pop(name) for name in ("texts", "renderings", "rows", "princeton_rows")}
     lines = lambda items: "[\n" + ",\n".join("  " + json.dumps(item, ensure_ascii=False) for item in items) + "]"
     body = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in golden.items()] + [
         f" {json.dumps(k)}: {lines(v)}" for k, v in lists.items()
@@ -175,8 +257,10 @@ def make(folder):
     print(
         f"text: {len(TEXTS)} texts, {len(lists['renderings'])} renderings, "
         f"{len(lists['rows'])} rows through TRL {trl.__version__}, "
-        f"{sum(r['tokens'] is None for r in lists['rows'])} without a response"
+        f"{sum(r['tokens'] is None for r in lists['rows'])} without a response, "
+        f"{len(lists['princeton_rows'])} by the rules of the paper's trainer"
     )
+    return files + ["tokenizer.json", "tokenizer_config.json", "golden.json"]
 
 
 def main():
@@ -189,8 +273,7 @@ def main():
         make(GOLDENS)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        make(folder)
-        files = ["tokenizer.json", "tokenizer_config.json", "golden.json"]
+        files = make(folder)
         _, different, missing = filecmp.cmpfiles(folder, GOLDENS, files, shallow=False)
     if different or missing:
         print(

@@ -11,6 +11,15 @@ worker=${SIMPO_BIN_DIR:-build/bin}/simpo-worker
 deploy/install-deps.sh --with parity
 python=$deps/parity-venv/bin/python
 
+# Real tokenizers, for tests only: they stay in the cache folder.
+tokenizers=$deps/parity-tokenizers
+if ! cmp -s tests/parity/tokenizers/package-lock.json "$tokenizers/.complete"; then
+  mkdir -p "$tokenizers"
+  cp tests/parity/tokenizers/package.json tests/parity/tokenizers/package-lock.json "$tokenizers"
+  npm ci --silent --no-audit --no-fund --ignore-scripts --prefix "$tokenizers"
+  cp tests/parity/tokenizers/package-lock.json "$tokenizers/.complete"
+fi
+
 start=$SECONDS failed=() closing=()
 # Runs one part; its last line is its figures.
 run() {
@@ -25,6 +34,7 @@ run() {
 run tests/parity/check_versions.py tests/parity/requirements.txt
 run tests/parity/make_goldens.py --check
 run tests/parity/make_text_goldens.py --check
+run tests/parity/compare_tokens.py --worker "$worker" --tokenizers "$tokenizers"
 run tests/parity/compare_trl.py --worker "$worker"
 
 if [ ${#failed[@]} -gt 0 ]; then

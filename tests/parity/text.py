@@ -121,6 +121,96 @@ def conversations(seed, count):
     ]
 
 
+TALK = [
+    "How do I boil an egg?",
+    "Пожалуйста, объясни.",
+    "日本の首都はどこですか。",
+    "Write f(x) = x² + 1 in Python:\n```py\n",
+    "😀👩‍💻 what do these mean?",
+    "  spaces   and\ttabs \n",
+    "don't, can't, I'LL — “quoted” …",
+    "مرحبا، كيف حالك؟",
+    "a\u0301 is not á; ﬁ is a ligature",
+    "",
+    "<b>bold</b> & {braces} {{ not.a.template }}",
+    "1234567890 3.14159 1e-7",
+]
+
+
+def awkward_conversations(seed, count, system=True):
+    """Rows of every kind that trainers meet: system messages, many turns, scripts, emoji, empty and long content."""
+    r = random.Random(seed)
+    user = lambda content: {"role": "user", "content": content}
+    assistant = lambda content: {"role": "assistant", "content": content}
+    rows = []
+    for i in range(count):
+        prompt = [{"role": "system", "content": r.choice(["Be brief.", "", "  Be kind. \n"])}] if system and i % 4 == 0 else []
+        for turn in range(r.choice([0, 0, 0, 1, 2])):
+            prompt += [user(r.choice(TALK)), assistant(r.choice(TALK))]
+        prompt.append(user(" ".join(r.choice(TALK) for _ in range(r.choice([1, 1, 1, 2, 12])))))
+        answer = lambda: " ".join(r.choice(TALK) for _ in range(r.choice([1, 1, 2, 3, 14])))
+        chosen, rejected = answer(), answer() + r.choice(["!", " no", "😀"])
+        if i % 3 == 0:
+            row = {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+        else:
+            row = {"chosen": prompt + [assistant(chosen)], "rejected": prompt + [assistant(rejected)]}
+        rows.append(row)
+    return rows
+
+
+def mistral_text(messages, eos):
+    """How the paper's trainer writes conversations for models with mistral in their name."""
+    parts, before = [], ""
+    if messages and messages[0]["role"] == "system":
+        before = messages[0]["content"].strip() + "\n\n"
+        messages = messages[1:]
+    for message in messages:
+        content, before = (before + message["content"]).strip(), ""
+        if message["role"] == "user":
+            parts.append(f"[INST] {content} [/INST]")
+        elif message["role"] == "assistant":
+            parts.append(f" {content} {eos}")
+    return "".join(parts)
+
+
+def princeton_tokens(tokenizer, row, render, knows_system, max_length, max_prompt_length, keep):
+    """The rules of the paper's trainer (run_simpo.py and tokenize_row of simpo_trainer.py), written anew.
+
+    `render` turns messages into text without a generation header; `keep` is keep_end or keep_start.
+    """
+    if isinstance(row.get("prompt"), list):
+        prompt, answers = list(row["prompt"]), {name: row[name] for name in ("chosen", "rejected")}
+    else:
+        prompt, answers = list(row["chosen"][:-1]), {name: row[name][-1:] for name in ("chosen", "rejected")}
+    if knows_system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": ""}] + prompt
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encode = lambda content: tokenizer(content, add_special_tokens=False)["input_ids"]
+    prompt_text = render(prompt)
+    prompts, responses = {}, {}
+    for name, messages in answers.items():
+        answer_text = render(messages)
+        if tokenizer.bos_token:
+            answer_text = answer_text.removeprefix(tokenizer.bos_token)
+        alone, whole = encode(prompt_text), encode(prompt_text + answer_text)
+        border = len(alone) if whole[: len(alone)] == alone else len(alone) - 1
+        prompts[name], responses[name] = whole[:border], whole[border:]
+        if bos is not None and prompts[name][:1] != [bos]:
+            prompts[name].insert(0, bos)
+        if responses[name][-1:] != [eos]:
+            responses[name].append(eos)
+    longer = max(map(len, responses.values()))
+    result = {}
+    for name in answers:
+        p, a = prompts[name], responses[name]
+        if len(p) + longer > max_length:
+            p = p[:max_prompt_length] if keep == "keep_start" else p[-max_prompt_length:]
+        if len(p) + longer > max_length:
+            a = a[: max_length - max_prompt_length]
+        result[name], result[f"{name}_prompt_length"] = p + a, len(p)
+    return result
+
+
 def write_jsonl(path, rows):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -3,16 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "tests/worker/io/test_files.h"
-
 namespace simpo {
 namespace {
 
-namespace fs = std::filesystem;
 using testing::AllOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
-using testing::Not;
 
 const Message kQuestion{"user", "Q"}, kGood{"assistant", "good"}, kBad{"assistant", "bad"};
 
@@ -91,64 +87,72 @@ TEST(ParsePreferenceRow, SaysWhatIsWrong) {
   EXPECT_THAT(ErrorOf("{\"chosen\": \"caf\xe9\", \"rejected\": \"b\"}"), HasSubstr("not UTF-8"));
 }
 
-TEST(ReadPreferenceFile, GivesRowsTheirPlaces) {
-  const TempDir dir;
-  WriteText(dir / "a.jsonl",
-            "{\"prompt\": \"1\", \"chosen\": \"a\", \"rejected\": \"b\"}\n\n  \r\n"
-            "{\"prompt\": \"2\", \"chosen\": \"a\", \"rejected\": \"b\"}");  // no last newline
-  const auto rows = ReadPreferenceFile(dir / "a.jsonl");
-  ASSERT_TRUE(rows.ok()) << rows.status();
-  ASSERT_EQ(rows->size(), 2u);
-  EXPECT_EQ((*rows)[1].prompt, "2");
-  EXPECT_THAT((*rows)[1].where, testing::EndsWith("a.jsonl:4"));
-}
-
-TEST(ReadPreferenceFile, ListsBadRowsWithFileAndLine) {
-  const TempDir dir;
-  std::string text = "{\"prompt\": \"1\", \"chosen\": \"a\", \"rejected\": \"b\"}\n{\"rejected\": \"b\"}\n\xff\n";
-  for (int i = 0; i < 30; ++i) text += "nonsense\n";
-  WriteText(dir / "a.jsonl", text);
-  const auto rows = ReadPreferenceFile(dir / "a.jsonl");
-  ASSERT_FALSE(rows.ok());
-  EXPECT_EQ(rows.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(
-      std::string(rows.status().message()),
-      AllOf(HasSubstr("a.jsonl:2: the row has no chosen"), HasSubstr("a.jsonl:3: the text is not UTF-8"),
-            HasSubstr("a.jsonl:4: not valid JSON"), HasSubstr("and 12 more bad rows"), Not(HasSubstr("a.jsonl:1:"))));
-  EXPECT_EQ(ReadPreferenceFile(dir / "b.jsonl").status().code(), absl::StatusCode::kNotFound);
-}
-
-TEST(FindSplitFiles, KnowsTheUsualNames) {
-  const TempDir dir;
-  fs::create_directory(dir / "data");
-  for (const char* name : {"train.jsonl", "train_prefs.jsonl", "test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl",
-                           "data/train-00000-of-00001.jsonl"}) {
-    WriteText(dir / name, "");
+TEST(ParsePreferenceRow, ArgillasColumnsBecomeMessages) {
+  for (const char* text :
+       {R"({"instruction": "Q", "chosen_response": "good", "rejected_response": "bad", "chosen_rating": 5.0})",
+        R"({"prompt": "Q", "chosen_response": "good", "rejected_response": "bad", "metadata": {"a": [1]}})",
+        R"({"question": "Q", "chosen": "good", "rejected": "bad", "system": ""})",
+        R"({"input": "Q", "instruction": null, "chosen": "good", "rejected": "bad"})",
+        // ultrafeedback-binarized-preferences-cleaned: the question inside the lists, which order their keys otherwise
+        R"({"prompt": "Q", "chosen": [{"content": "Q", "role": "user"}, {"content": "good", "role": "assistant"}],
+               "rejected": [{"content": "Q", "role": "user"}, {"content": "bad", "role": "assistant"}]})"}) {
+    const auto row = ParsePreferenceRow(text);
+    ASSERT_TRUE(row.ok()) << row.status() << text;
+    EXPECT_TRUE(row->conversational);
+    EXPECT_THAT(row->prompt_messages, ElementsAre(kQuestion)) << text;
+    EXPECT_THAT(row->chosen_messages, ElementsAre(kGood)) << text;
+    EXPECT_THAT(row->rejected_messages, ElementsAre(kBad)) << text;
   }
-  const auto names = [&](const std::string& split, bool is_train) {
-    std::vector<std::string> found;
-    const std::vector<fs::path> files = FindSplitFiles(dir.path(), split, is_train).value();
-    for (const fs::path& path : files) {
-      found.push_back(fs::relative(path, dir.path()).string());
-    }
-    return found;
-  };
-  EXPECT_THAT(names("train", true), ElementsAre("data/train-00000-of-00001.jsonl", "train.jsonl"));
-  EXPECT_THAT(names("train_prefs", true), ElementsAre("train_prefs.jsonl"));
-  EXPECT_THAT(names("test", false), ElementsAre("test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"));
-  EXPECT_TRUE(names("validation", false).empty());
-  // A file is the train split.
-  EXPECT_EQ(FindSplitFiles(dir / "train.jsonl", "train", true)->size(), 1u);
-  EXPECT_TRUE(FindSplitFiles(dir / "train.jsonl", "test", false)->empty());
+  const auto row = ParsePreferenceRow(R"({"system": "S", "question": "Q", "chosen": "good", "rejected": "bad"})");
+  EXPECT_THAT(row->prompt_messages, ElementsAre(Message{"system", "S"}, kQuestion));
+  EXPECT_THAT(ErrorOf(R"({"instruction": 3, "chosen_response": "a", "rejected_response": "b"})"),
+              HasSubstr("instruction must be a string"));
 }
 
-TEST(FindSplitFiles, RefusesWhatItCannotRead) {
-  const TempDir dir;
-  WriteText(dir / "train.parquet", "");
-  EXPECT_THAT(std::string(FindSplitFiles(dir.path(), "train", true).status().message()),
-              AllOf(HasSubstr("train.parquet"), HasSubstr("JSON Lines")));
-  EXPECT_THAT(std::string(FindSplitFiles(dir / "missing", "train", true).status().message()),
-              AllOf(HasSubstr("missing"), HasSubstr("neither a file nor a folder")));
+TEST(ParsePreferenceRow, TranscriptsBecomeMessages) {
+  const std::string begin = R"({"chosen": "\n\nHuman: Q\n\nAssistant: Hm.\n\nHuman: And?\n\nAssistant: good",)";
+  const auto row =
+      ParsePreferenceRow(begin + R"("rejected": "\n\nHuman: Q\n\nAssistant: Hm.\n\nHuman: And?\n\nAssistant:"})");
+  ASSERT_TRUE(row.ok()) << row.status();
+  EXPECT_THAT(row->prompt_messages, ElementsAre(kQuestion, Message{"assistant", "Hm."}, Message{"user", "And?"}));
+  EXPECT_THAT(row->chosen_messages, ElementsAre(kGood));
+  EXPECT_THAT(row->rejected_messages, ElementsAre(Message{"assistant", ""}));
+  // hh-rlhf has a few rows that end with the human, or that differ from the beginning.
+  EXPECT_THAT(ParsePreferenceRow(begin + R"("rejected": "\n\nHuman: Q"})")->dropped,
+              HasSubstr("end with the assistant"));
+  EXPECT_THAT(ParsePreferenceRow(begin + R"("rejected": "\n\nHuman: P\n\nAssistant: bad"})")->dropped,
+              HasSubstr("same prompt"));
+  // With a prompt beside them they are texts.
+  EXPECT_FALSE(
+      ParsePreferenceRow(R"({"prompt": "P", "chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"})")->conversational);
+}
+
+TEST(ParsePreferenceRow, ScoresOfEveryNameMakeATie) {
+  for (const char* scores :
+       {R"("chosen-rating": 4, "rejected-rating": 4)", R"("chosen_rating": 4.0, "rejected_rating": 4)",
+        R"("score_chosen": "7", "score_rejected": "7.0")"}) {
+    const auto row =
+        ParsePreferenceRow(std::string(R"({"prompt": "Q", "chosen": "a", "rejected": "b", )") + scores + "}");
+    ASSERT_TRUE(row.ok()) << row.status();
+    EXPECT_TRUE(row->tie) << scores;
+  }
+  EXPECT_FALSE(ParsePreferenceRow(R"({"prompt": "Q", "chosen": "a", "rejected": "b", "score_chosen": null})")->tie);
+}
+
+TEST(ParsePreferenceRow, AnUnknownFormNamesWhatItFoundAndWhatItNeeds) {
+  EXPECT_THAT(ErrorOf(R"({"text": "a", "label": 1})"),
+              AllOf(HasSubstr("its columns are: label, text"), HasSubstr("instruction, chosen_response"),
+                    HasSubstr("docs/data.md")));
+  EXPECT_THAT(ErrorOf(R"({"chosen": "[{'role': 'user', 'content': 'Q'}]", "rejected": "[]"})"),
+              HasSubstr("Python's notation"));
+}
+
+TEST(ParsePreferenceRow, HostileRowsAreErrors) {
+  EXPECT_THAT(ErrorOf("{\"chosen\": " + std::string(100000, '[')), HasSubstr("not valid JSON"));
+  EXPECT_THAT(ErrorOf("{\"chosen\": " + std::string(100000, '[') + std::string(100000, ']') + "}"),
+              HasSubstr("nests too deep"));
+  EXPECT_THAT(ErrorOf("{\"" + std::string(1 << 20, 'k') + "\": 1}"), HasSubstr("the row has no chosen"));
+  EXPECT_LT(ErrorOf("{\"" + std::string(1 << 20, 'k') + "\": 1}").size(), 1000u);
 }
 
 }  // namespace

@@ -3,6 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
+#include <sstream>
+
 #include "tests/worker/text_golden.h"
 #include "worker/data/tokenized_dataset.h"
 
@@ -110,6 +113,112 @@ TEST_F(Prepare, TakesFractionsAndSeveralSources) {
   EXPECT_EQ(data->train_report.pairs, 3 + 7);
   EXPECT_FALSE(data->eval_cache.has_value());
   EXPECT_THAT(data->notes, ElementsAre(HasSubstr("no evaluation")));
+}
+
+TEST_F(Prepare, EveryFormOfTheSameRowsGivesTheSameTokens) {
+  const fs::path rows = fs::path(SIMPO_GOLDENS_DIR) / "text" / "parquet";
+  std::set<std::string> tokens;
+  // All rows of the files are whole conversations but for every eleventh, whose chosen list is empty.
+  std::string lines, array = "[", csv = "chosen,rejected\n";
+  std::istringstream text(ReadText(rows / "rows.jsonl"));
+  for (std::string line; std::getline(text, line);) {
+    const auto row = nlohmann::json::parse(line);
+    if (row["chosen"].empty() || row["chosen"].size() < 2) continue;
+    lines += line + "\n";
+    array += (array.size() > 1 ? "," : "") + line;
+    for (const char* key : {"chosen", "rejected"}) {
+      std::string cell = row[key].dump();
+      for (size_t i = 0; (i = cell.find('"', i)) != std::string::npos; i += 2) cell.insert(i, 1, '"');
+      csv += "\"" + cell + (key[0] == 'c' ? "\"," : "\"\n");
+    }
+  }
+  WriteText(dir_ / "a.jsonl", lines);
+  WriteText(dir_ / "a.json", array + "]");
+  WriteText(dir_ / "a.csv", csv);
+  for (const char* name : {"a.jsonl", "a.json", "a.csv"}) {
+    config_.dataset_mixer = {{(dir_ / name).string(), 1.0}};
+    const auto data = Run();
+    ASSERT_TRUE(data.ok()) << data.status();
+    EXPECT_GE(data->train_report.pairs, 50);
+    tokens.insert(ReadText(data->train_cache));
+  }
+  EXPECT_EQ(tokens.size(), 1u);
+  config_.dataset_mixer = {{(rows / "zstd.parquet").string(), 1.0}};
+  EXPECT_THAT(Error(), AllOf(HasSubstr("zstd.parquet: row 1: "), HasSubstr("at least one message")));
+}
+
+// As alignment-handbook: the first int(fraction * rows) of each training source; tests are taken whole.
+TEST_F(Prepare, FractionsTakeTheFirstRowsOfTrainingSourcesOnly) {
+  WriteText(dir_ / "data/train-0.jsonl", Rows(5, "first"));
+  WriteText(dir_ / "data/train-1.jsonl", Rows(5, "second") + "no row at all, and not reached\n");
+  WriteText(dir_ / "data/test.jsonl", Rows(7));
+  config_.dataset_mixer = {{(dir_ / "data").string(), 0.7}};
+  const auto data = Run();
+  ASSERT_TRUE(data.ok()) << data.status();
+  EXPECT_EQ(data->train_report.pairs, 7);  // int(0.7 * 11)
+  EXPECT_EQ(data->eval_report->pairs, 7);
+  WriteText(dir_ / "first.jsonl", Rows(5, "first") + Rows(2, "second"));
+  config_.dataset_mixer = {{(dir_ / "first.jsonl").string(), 1.0}};
+  EXPECT_TRUE(ReadText(Run()->train_cache) == ReadText(data->train_cache));
+}
+
+TEST_F(Prepare, SplitsAreNamedByTheJob) {
+  fs::create_directory(dir_ / "data/en");
+  WriteText(dir_ / "data/en/train_prefs.jsonl", Rows(4));
+  WriteText(dir_ / "data/en/test_prefs.jsonl", Rows(2));
+  config_.dataset_configs = {"en"};
+  // alignment-handbook tells them by name, in whatever order.
+  for (const auto& splits : {std::vector<std::string>{"train_prefs", "test_prefs"}, {"test_prefs", "train_prefs"}}) {
+    config_.dataset_splits = splits;
+    const auto data = Run();
+    ASSERT_TRUE(data.ok()) << data.status();
+    EXPECT_EQ(data->train_report.pairs, 4);
+    EXPECT_EQ(data->eval_report->pairs, 2);
+  }
+  config_.dataset_configs = {"en", "de"};
+  EXPECT_THAT(Error(), HasSubstr("dataset_configs names 2 configurations for 1 data sets"));
+  config_.dataset_configs = {"de"};
+  EXPECT_THAT(Error(), HasSubstr("no folder de"));
+}
+
+TEST_F(Prepare, ReportsLengthsAndTies) {
+  WriteText(dir_ / "data/train.jsonl",
+            Rows(98) + R"({"prompt": "Q", "chosen": " a", "rejected": " b", "score_chosen": 1, "score_rejected": 1})" +
+                "\n" + R"({"prompt": "Q", "chosen": " )" + std::string(400, 'x') + R"(", "rejected": " b"})");
+  const auto data = Run();
+  ASSERT_TRUE(data.ok()) << data.status();
+  const DataReport& report = data->train_report;
+  EXPECT_EQ(report.ties, 1);
+  EXPECT_LT(report.chosen.p50, 10);
+  EXPECT_LE(report.chosen.p50, report.chosen.p90);
+  EXPECT_LE(report.chosen.p99, 20);
+  EXPECT_GT(report.chosen.longest, 50);
+  EXPECT_GT(report.shared_prefix_share, 0.1);
+  EXPECT_THAT(report.ToString(), AllOf(HasSubstr("1 with equal scores"), HasSubstr("longer sequence")));
+  ASSERT_TRUE(WriteDataReport(*data, dir_.path()).ok());
+  const auto json = nlohmann::json::parse(ReadText(dir_ / "data_report.json"));
+  EXPECT_EQ(json["train"]["rows"], 100);
+  EXPECT_EQ(json["train"]["chosen_tokens"]["longest"], report.chosen.longest);
+  EXPECT_EQ(json["chat_template"], data->chat_template_source);
+}
+
+TEST_F(Prepare, ThePapersRulesAreAChoice) {
+  WriteText(
+      dir_ / "data/train.jsonl",
+      R"({"prompt": "Q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]})");
+  const auto trl = Run();
+  config_.compat = "princeton";
+  const auto princeton = Run();
+  ASSERT_TRUE(princeton.ok()) << princeton.status();
+  // The generation header is scored there.
+  EXPECT_GT(princeton->train_report.chosen.mean, trl->train_report.chosen.mean);
+  EXPECT_THAT(princeton->notes, testing::Contains(HasSubstr("max_prompt_length is not given: 128")));
+  // A model that is called mistral has its own template there, whatever its tokenizer says.
+  fs::create_directory_symlink(config_.model_name_or_path, dir_ / "My-Mistral-7B");
+  config_.model_name_or_path = (dir_ / "My-Mistral-7B").string();
+  EXPECT_THAT(Run()->chat_template_source, HasSubstr("mistral"));
+  config_.compat = "trl";
+  EXPECT_EQ(Run()->chat_template_source, "tokenizer_config.json");
 }
 
 TEST_F(Prepare, SaysWhichTemplateIsUsed) {

@@ -100,6 +100,47 @@ TEST_F(TokenizeRowTest, NoTokenIsInventedWhereTheTokenizerHasNone) {
   EXPECT_THAT(empty->dropped, HasSubstr("no BOS"));
 }
 
+TEST_F(TokenizeRowTest, GivesTheTokensOfThePapersTrainer) {
+  ASSERT_GE(golden_.numbers["princeton_rows"].size(), 72u);
+  int truncated = 0;
+  for (const Json& item : golden_.numbers["princeton_rows"]) {
+    SCOPED_TRACE(item.dump());
+    const auto row = ParsePreferenceRow(item["row"].get<std::string>());
+    ASSERT_TRUE(row.ok()) << row.status();
+    const std::string name = item["template"];
+    const std::string source = name == "mistral" ? std::string(PrincetonMistralTemplate())
+                                                 : golden_.numbers["templates"][name].get<std::string>();
+    const auto chat_template = ChatTemplate::Parse(source).value();
+    const TokenizeRules rules{
+        .max_length = 220, .max_prompt_length = 90, .keep_end = item["keep"] == "keep_end", .princeton = true};
+    const auto tokens = TokenizeRow(*row, *golden_.tokenizer, chat_template.get(), rules);
+    ASSERT_TRUE(tokens.ok() && tokens->pair) << tokens.status() << tokens->dropped;
+    EXPECT_EQ(Json(tokens->pair->chosen), item["tokens"]["chosen"]);
+    EXPECT_EQ(Json(tokens->pair->rejected), item["tokens"]["rejected"]);
+    EXPECT_EQ(tokens->pair->chosen_prompt_length, item["tokens"]["chosen_prompt_length"]);
+    EXPECT_EQ(tokens->pair->rejected_prompt_length, item["tokens"]["rejected_prompt_length"]);
+    truncated += tokens->pair->truncated;
+  }
+  EXPECT_GE(truncated, 10);
+}
+
+// A template may know a system message only to refuse it.
+TEST_F(TokenizeRowTest, NoEmptySystemMessageWhereTheTemplateRefusesIt) {
+  const auto refusing = ChatTemplate::Parse(
+      "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+      "<{{ m.content }}>{% endfor %}");
+  PreferenceRow row{.where = "a.jsonl:3",
+                    .conversational = true,
+                    .prompt_messages = {{"user", "Q"}},
+                    .chosen_messages = {{"assistant", "a"}},
+                    .rejected_messages = {{"assistant", "b"}}};
+  const TokenizeRules rules{.max_prompt_length = 100, .princeton = true};
+  EXPECT_TRUE(TokenizeRow(row, *golden_.tokenizer, refusing->get(), rules)->pair.has_value());
+  row.prompt_messages.insert(row.prompt_messages.begin(), {"system", "S"});
+  const auto refused = TokenizeRow(row, *golden_.tokenizer, refusing->get(), rules);
+  EXPECT_THAT(std::string(refused.status().message()), AllOf(HasSubstr("a.jsonl:3"), HasSubstr("no system here")));
+}
+
 TEST_F(TokenizeRowTest, APairThatFitsIsNeverTouched) {
   const PreferenceRow row = Texts("one two three four five six", " yes", " no");
   const OwnedPair whole = Pair(row);

@@ -20,6 +20,14 @@ constexpr std::string_view kMistral =
     "{% set ns.system = '' %}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}";
 
+// The first message after the system's carries its text; every text is trimmed.
+constexpr std::string_view kPrincetonMistral =
+    "{% set ns = namespace(before='') %}{% for message in messages %}"
+    "{% if loop.first and message['role'] == 'system' %}{% set ns.before = message['content'].strip() + '\n\n' %}"
+    "{% else %}{% set text = (ns.before + message['content']).strip() %}{% set ns.before = '' %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + text + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + text + ' ' + eos_token }}{% endif %}{% endif %}{% endfor %}";
+
 }  // namespace
 
 ChatTemplate::~ChatTemplate() { simpo_template_free(handle_); }
@@ -30,6 +38,8 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> ChatTemplate::Parse(std::string_vi
   if (handle == nullptr) return absl::InvalidArgumentError(TakeBytes(error));
   std::unique_ptr<ChatTemplate> chat_template(new ChatTemplate());
   chat_template->handle_ = handle;
+  chat_template->mentions_system_ =
+      source.find("system") != std::string_view::npos || source.find("<|im_start|>") != std::string_view::npos;
   return chat_template;
 }
 
@@ -63,5 +73,7 @@ std::string_view DefaultChatTemplate(std::string_view model_type, std::string* n
   *name = "ChatML";
   return kChatMl;
 }
+
+std::string_view PrincetonMistralTemplate() { return kPrincetonMistral; }
 
 }  // namespace simpo

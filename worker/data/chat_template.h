@@ -29,13 +29,21 @@ class ChatTemplate {
   absl::StatusOr<std::string> Render(std::span<const Message> messages, bool add_generation_prompt,
                                      std::string_view bos_token, std::string_view eos_token) const;
 
+  // Whether the template speaks of system messages, as alignment-handbook looks for it.
+  bool MentionsSystem() const { return mentions_system_; }
+
  private:
   ChatTemplate() = default;
+  bool mentions_system_ = false;
   SimpoTemplate* handle_ = nullptr;
 };
 
 // The template for a model that has none: its family's, else ChatML. `name` says which.
 std::string_view DefaultChatTemplate(std::string_view model_type, std::string* name);
+
+// The form in which the paper's trainer writes conversations for every model with mistral in its name:
+// [INST] question [/INST] answer </s>, without BOS, a system message before the first question.
+std::string_view PrincetonMistralTemplate();
 
 }  // namespace simpo
 

@@ -2,9 +2,9 @@
 #define SIMPO_WORKER_DATA_PREFERENCE_DATASET_H_
 
 #include <cstdint>
-#include <filesystem>
-#include <optional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -19,22 +19,17 @@ struct PreferenceRow {
   std::string prompt, chosen, rejected;                     // texts
   std::vector<Message> prompt_messages;                     // conversations: what both share
   std::vector<Message> chosen_messages, rejected_messages;  // what differs, ending with the assistant
-  bool tie = false;                                         // score_chosen equals score_rejected
+  bool prompt_beside = false;  // prompt_messages stood beside the responses, not inside them
+  bool tie = false;            // both scores are given and equal
+  std::string dropped;         // not empty: why the row cannot be used, though nothing is wrong with its form
 };
+
+// The columns that rows are made of, whatever their form; others are not read.
+std::span<const std::string_view> PreferenceColumns();
 
 // One JSON object of a row in any of the forms of docs/data.md. INVALID_ARGUMENT says what is wrong,
 // without the place.
 absl::StatusOr<PreferenceRow> ParsePreferenceRow(std::string_view json);
-
-// All rows of a JSON Lines file; empty lines are passed over. INVALID_ARGUMENT lists the first bad
-// rows, each with file and line, and how many there are.
-absl::StatusOr<std::vector<PreferenceRow>> ReadPreferenceFile(const std::filesystem::path& path);
-
-// The files of a data source that hold `split`: the source itself when it is a file and `is_train`,
-// or those of a folder (or its data/ folder) whose names begin with the split's name. Empty when
-// there are none. Formats other than .jsonl are refused by name.
-absl::StatusOr<std::vector<std::filesystem::path>> FindSplitFiles(const std::filesystem::path& source,
-                                                                  const std::string& split, bool is_train);
 
 }  // namespace simpo
 

@@ -12,12 +12,15 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "common/atomic_file.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/data/preference_dataset.h"
+#include "worker/data/row_files.h"
 #include "worker/data/tokenize_pairs.h"
 #include "worker/data/tokenized_dataset.h"
 
@@ -29,7 +32,10 @@ using Json = nlohmann::ordered_json;
 using Progress = std::function<void(int64_t, int64_t)>;
 
 // Part of every cache key: raise it when the rules or the file's form change.
-constexpr int kRulesVersion = 1;
+constexpr int kRulesVersion = 2;
+constexpr size_t kBatchRows = 4096;
+constexpr size_t kBatchBytes = 256 << 20;
+constexpr size_t kListedRows = 20;
 
 // The files of one split and how much of each source is taken.
 struct SplitSource {
@@ -51,103 +57,126 @@ class FileLock {
   int fd_;
 };
 
-absl::StatusOr<Split> FindSplit(const std::vector<std::pair<std::string, double>>& mixer, const std::string& name,
-                                bool is_train, bool whole) {
+// dataset_configs says one configuration for all sources, or one for each.
+absl::StatusOr<std::string> ConfigOf(const JobConfig& config, size_t source, size_t sources) {
+  const std::vector<std::string>& configs = config.dataset_configs;
+  if (configs.empty()) return std::string();
+  if (configs.size() == 1) return configs[0];
+  if (configs.size() == sources) return configs[source];
+  return absl::InvalidArgumentError(absl::StrCat("dataset_configs names ", configs.size(), " configurations for ",
+                                                 sources, " data sets; give one for all, or one for each"));
+}
+
+struct SplitNames {
+  std::string train = "train";
+  std::string eval = "test";
+};
+
+// The first is trained on, unless only the second one is called train something, as alignment-handbook
+// tells them.
+SplitNames NamesOfSplits(const std::vector<std::string>& splits) {
+  SplitNames names;
+  if (!splits.empty()) names.train = splits[0];
+  if (splits.size() < 2) return names;
+  names.eval = splits[1];
+  auto is_train = [](const std::string& name) { return name.find("train") != std::string::npos; };
+  if (is_train(names.eval) && !is_train(names.train)) std::swap(names.train, names.eval);
+  return names;
+}
+
+// Every source must have the split when it is `required`. `whole` leaves the fractions out.
+absl::StatusOr<Split> FindSplit(const JobConfig& config, const std::vector<std::pair<std::string, double>>& mixer,
+                                const std::string& name, bool required, bool whole) {
   Split split;
-  for (const auto& [source, fraction] : mixer) {
-    SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files, FindSplitFiles(source, name, is_train));
+  for (size_t i = 0; i < mixer.size(); ++i) {
+    const auto& [source, fraction] = mixer[i];
+    SIMPO_ASSIGN_OR_RETURN(const std::string folder, ConfigOf(config, i, mixer.size()));
+    SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files,
+                           FindSplitFiles(source, {.split = name, .config = folder, .unnamed = required}));
     if (!files.empty()) {
       split.push_back({std::move(files), whole ? 1.0 : fraction});
-    } else if (is_train) {
-      return absl::NotFoundError(
-          absl::StrCat("dataset '", source, "' has no ", name, ".jsonl; name its training split with dataset_splits"));
+    } else if (required) {
+      return absl::NotFoundError(absl::StrCat("dataset '", source, "' has no ", name,
+                                              ".jsonl (.json, .csv, .parquet); name its training split with "
+                                              "dataset_splits"));
     }
   }
   return split;
 }
 
-absl::StatusOr<std::vector<PreferenceRow>> ReadSplit(const Split& split) {
-  std::vector<PreferenceRow> rows;
-  for (const SplitSource& source : split) {
-    std::vector<PreferenceRow> part;
-    for (const fs::path& file : source.files) {
-      SIMPO_ASSIGN_OR_RETURN(std::vector<PreferenceRow> more, ReadPreferenceFile(file));
-      std::move(more.begin(), more.end(), std::back_inserter(part));
-    }
-    // As alignment-handbook: the first rows of each source, then all sources one after the other.
-    part.resize(static_cast<size_t>(source.fraction * static_cast<double>(part.size())));
-    std::move(part.begin(), part.end(), std::back_inserter(rows));
-  }
-  return rows;
-}
+// A row as it was cut out of its file.
+struct RawRow {
+  std::string json, where;
+};
 
-// Tokenises on several threads; the first failing row in file order is the error.
-absl::StatusOr<std::vector<TokenizedRow>> TokenizeRows(const std::vector<PreferenceRow>& rows,
-                                                       const Tokenizer& tokenizer, const ChatTemplate* chat_template,
-                                                       const TokenizeRules& rules, int threads,
-                                                       const Progress& progress) {
-  std::vector<TokenizedRow> results(rows.size());
-  std::vector<absl::Status> errors(rows.size());
+// Calls work(i) for every i below `count`, on several threads.
+void ParallelFor(size_t count, int threads, const std::function<void(size_t)>& work) {
   std::atomic<size_t> next = 0;
-  std::atomic<size_t> done = 0;
-  std::mutex progress_mutex;
-  auto work = [&] {
-    for (size_t i = next++; i < rows.size(); i = next++) {
-      absl::StatusOr<TokenizedRow> row = TokenizeRow(rows[i], tokenizer, chat_template, rules);
-      if (row.ok()) {
-        results[i] = *std::move(row);
-      } else {
-        errors[i] = row.status();
-      }
-      const size_t finished = ++done;
-      if (progress && (finished % 1000 == 0 || finished == rows.size())) {
-        const std::lock_guard lock(progress_mutex);
-        progress(static_cast<int64_t>(finished), static_cast<int64_t>(rows.size()));
-      }
-    }
+  auto run = [&] {
+    for (size_t i = next++; i < count; i = next++) work(i);
   };
   std::vector<std::thread> pool;
-  for (int i = 1; i < threads; ++i) pool.emplace_back(work);
-  work();
+  for (int i = 1; i < std::min(threads, static_cast<int>(count)); ++i) pool.emplace_back(run);
+  run();
   for (std::thread& thread : pool) thread.join();
-  for (const absl::Status& error : errors) SIMPO_RETURN_IF_ERROR(error);
-  return results;
 }
 
-DataReport MakeReport(const std::vector<TokenizedRow>& rows, const std::vector<OwnedPair>& pairs) {
-  DataReport report{.rows = static_cast<int64_t>(rows.size()), .pairs = static_cast<int64_t>(pairs.size())};
-  for (const TokenizedRow& row : rows) {
-    if (!row.pair) ++report.dropped[row.dropped];
-  }
+LengthSummary Summarize(std::vector<int64_t> lengths) {
+  if (lengths.empty()) return {};
+  std::sort(lengths.begin(), lengths.end());
+  // The smallest length that this share of all pairs does not exceed.
+  auto percentile = [&](size_t percent) { return lengths[(lengths.size() * percent + 99) / 100 - 1]; };
+  double sum = 0;
+  for (const int64_t length : lengths) sum += static_cast<double>(length);
+  return {.mean = sum / static_cast<double>(lengths.size()),
+          .p50 = percentile(50),
+          .p90 = percentile(90),
+          .p99 = percentile(99),
+          .longest = lengths.back()};
+}
+
+// Fills in what is counted over the pairs that were kept.
+void MeasurePairs(const std::vector<OwnedPair>& pairs, DataReport* report) {
+  report->pairs = static_cast<int64_t>(pairs.size());
+  std::vector<int64_t> prompt, chosen, rejected, longer;
   double shared = 0;
   double total = 0;
   for (const OwnedPair& pair : pairs) {
-    report.truncated += pair.truncated ? 1 : 0;
-    report.mean_prompt_tokens += pair.chosen_prompt_length;
-    report.mean_chosen_tokens += static_cast<double>(pair.chosen.size()) - pair.chosen_prompt_length;
-    report.mean_rejected_tokens += static_cast<double>(pair.rejected.size()) - pair.rejected_prompt_length;
-    report.longest_sequence = std::max({report.longest_sequence, static_cast<int64_t>(pair.chosen.size()),
-                                        static_cast<int64_t>(pair.rejected.size())});
+    const auto chosen_size = static_cast<int64_t>(pair.chosen.size());
+    const auto rejected_size = static_cast<int64_t>(pair.rejected.size());
+    report->truncated += pair.truncated ? 1 : 0;
+    prompt.push_back(pair.chosen_prompt_length);
+    chosen.push_back(chosen_size - pair.chosen_prompt_length);
+    rejected.push_back(rejected_size - pair.rejected_prompt_length);
+    longer.push_back(std::max(chosen_size, rejected_size));
     shared += TokenizedPair{.chosen = pair.chosen, .rejected = pair.rejected}.SharedPrefixLength();
-    total += static_cast<double>(pair.chosen.size() + pair.rejected.size());
+    total += static_cast<double>(chosen_size + rejected_size);
   }
-  const double n = std::max<double>(1, static_cast<double>(pairs.size()));
-  report.mean_prompt_tokens /= n;
-  report.mean_chosen_tokens /= n;
-  report.mean_rejected_tokens /= n;
-  report.shared_prefix_share = total > 0 ? 2 * shared / total : 0;
-  return report;
+  report->prompt = Summarize(std::move(prompt));
+  report->chosen = Summarize(std::move(chosen));
+  report->rejected = Summarize(std::move(rejected));
+  report->longer_sequence = Summarize(std::move(longer));
+  report->shared_prefix_share = total > 0 ? 2 * shared / total : 0;
 }
 
-Json ReportToJson(const DataReport& r) {
+Json ToJson(const LengthSummary& s) {
+  return {{"mean", s.mean}, {"p50", s.p50}, {"p90", s.p90}, {"p99", s.p99}, {"longest", s.longest}};
+}
+
+LengthSummary SummaryFromJson(const Json& json) {
+  return {.mean = json["mean"], .p50 = json["p50"], .p90 = json["p90"], .p99 = json["p99"], .longest = json["longest"]};
+}
+
+Json ToJson(const DataReport& r) {
   return {{"rows", r.rows},
           {"pairs", r.pairs},
           {"dropped", r.dropped},
           {"truncated", r.truncated},
-          {"mean_prompt_tokens", r.mean_prompt_tokens},
-          {"mean_chosen_tokens", r.mean_chosen_tokens},
-          {"mean_rejected_tokens", r.mean_rejected_tokens},
-          {"longest_sequence", r.longest_sequence},
+          {"ties", r.ties},
+          {"prompt_tokens", ToJson(r.prompt)},
+          {"chosen_tokens", ToJson(r.chosen)},
+          {"rejected_tokens", ToJson(r.rejected)},
+          {"longer_sequence_tokens", ToJson(r.longer_sequence)},
           {"shared_prefix_share", r.shared_prefix_share}};
 }
 
@@ -156,10 +185,11 @@ DataReport ReportFromJson(const Json& json) {
           .pairs = json["pairs"],
           .dropped = json["dropped"].get<std::map<std::string, int64_t>>(),
           .truncated = json["truncated"],
-          .mean_prompt_tokens = json["mean_prompt_tokens"],
-          .mean_chosen_tokens = json["mean_chosen_tokens"],
-          .mean_rejected_tokens = json["mean_rejected_tokens"],
-          .longest_sequence = json["longest_sequence"],
+          .ties = json["ties"],
+          .prompt = SummaryFromJson(json["prompt_tokens"]),
+          .chosen = SummaryFromJson(json["chosen_tokens"]),
+          .rejected = SummaryFromJson(json["rejected_tokens"]),
+          .longer_sequence = SummaryFromJson(json["longer_sequence_tokens"]),
           .shared_prefix_share = json["shared_prefix_share"]};
 }
 
@@ -168,12 +198,12 @@ absl::StatusOr<std::string> CacheKey(const Split& split, const Tokenizer& tokeni
                                      const TokenizeRules& rules) {
   std::string text =
       absl::StrCat(kRulesVersion, "\n", tokenizer.digest(), "\n", Sha256(chat_template), "\n", rules.max_length, " ",
-                   rules.max_prompt_length, " ", rules.keep_end, " ", rules.drop_ties);
+                   rules.max_prompt_length, " ", rules.keep_end, " ", rules.drop_ties, " ", rules.princeton);
   for (const SplitSource& source : split) {
     absl::StrAppend(&text, "\n", absl::StrFormat("%.17g", source.fraction));
     for (const fs::path& file : source.files) {
       SIMPO_ASSIGN_OR_RETURN(const std::string digest, Sha256OfFile(file));
-      absl::StrAppend(&text, " ", digest);
+      absl::StrAppend(&text, " ", digest, file.extension().string());
     }
   }
   return Sha256(text).substr(0, 32);
@@ -187,6 +217,127 @@ struct Rules {
   TokenizeRules tokenize;
   int threads = 1;
 };
+
+// Reads the rows of a split in batches and tokenises each batch on several threads.
+class SplitTokenizer {
+ public:
+  SplitTokenizer(const Rules& rules, const Progress& progress) : rules_(rules), progress_(progress) {}
+
+  absl::Status Run(const Split& split) {
+    std::vector<int64_t> wanted;
+    for (const SplitSource& source : split) {
+      int64_t rows = 0;
+      for (const fs::path& file : source.files) {
+        SIMPO_ASSIGN_OR_RETURN(const int64_t more, CountRows(file));
+        rows += more;
+      }
+      // As alignment-handbook: the first rows of each source, then all sources one after the other.
+      wanted.push_back(static_cast<int64_t>(source.fraction * static_cast<double>(rows)));
+      total_ += wanted.back();
+    }
+    for (size_t i = 0; i < split.size(); ++i) SIMPO_RETURN_IF_ERROR(ReadSource(split[i], wanted[i]));
+    MeasurePairs(pairs_, &report_);
+    return absl::OkStatus();
+  }
+
+  bool conversational() const { return conversational_; }
+  const DataReport& report() const { return report_; }
+  const std::vector<OwnedPair>& pairs() const { return pairs_; }
+
+ private:
+  absl::Status ReadSource(const SplitSource& source, int64_t wanted) {
+    absl::Status failure;
+    for (const fs::path& file : source.files) {
+      if (wanted == 0) break;
+      const absl::Status read = ReadRows(file, [&](std::string_view json, const std::string& where) {
+        batch_.push_back({std::string(json), where});
+        batch_bytes_ += json.size();
+        if (batch_.size() == kBatchRows || batch_bytes_ > kBatchBytes) failure = TokenizeBatch();
+        return --wanted > 0 && failure.ok();
+      });
+      SIMPO_RETURN_IF_ERROR(failure);
+      SIMPO_RETURN_IF_ERROR(TokenizeBatch());  // what is wrong with earlier rows comes first
+      SIMPO_RETURN_IF_ERROR(read);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status TokenizeBatch() {
+    std::vector<absl::StatusOr<PreferenceRow>> rows(batch_.size(), absl::UnknownError(""));
+    ParallelFor(batch_.size(), rules_.threads, [&](size_t i) {
+      rows[i] = ParsePreferenceRow(batch_[i].json);
+      if (rows[i].ok()) rows[i]->where = batch_[i].where;
+      batch_[i].json.clear();
+    });
+    SIMPO_RETURN_IF_ERROR(ParseTemplate(rows));
+    std::vector<absl::StatusOr<TokenizedRow>> results(batch_.size(), absl::UnknownError(""));
+    ParallelFor(rows.size(), rules_.threads, [&](size_t i) {
+      if (!rows[i].ok()) {
+        results[i] = absl::InvalidArgumentError(absl::StrCat(batch_[i].where, ": ", rows[i].status().message()));
+      } else {
+        results[i] = TokenizeRow(*rows[i], *rules_.tokenizer, chat_template_.get(), rules_.tokenize);
+      }
+    });
+    SIMPO_RETURN_IF_ERROR(CheckRows(results));
+    for (size_t i = 0; i < results.size(); ++i) {
+      ++report_.rows;
+      report_.ties += rows[i]->tie ? 1 : 0;
+      if (results[i]->pair) {
+        pairs_.push_back(*std::move(results[i]->pair));
+      } else {
+        ++report_.dropped[results[i]->dropped];
+      }
+    }
+    batch_.clear();
+    batch_bytes_ = 0;
+    if (progress_) progress_(report_.rows, total_);
+    return absl::OkStatus();
+  }
+
+  // The first conversation needs the template.
+  absl::Status ParseTemplate(const std::vector<absl::StatusOr<PreferenceRow>>& rows) {
+    if (conversational_ || std::none_of(rows.begin(), rows.end(), [](const absl::StatusOr<PreferenceRow>& row) {
+          return row.ok() && row->conversational;
+        }))
+      return absl::OkStatus();
+    conversational_ = true;
+    absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(rules_.template_text);
+    if (!parsed.ok())
+      return absl::InvalidArgumentError(
+          absl::StrCat("chat template of ", rules_.template_source, ": ", parsed.status().message()));
+    chat_template_ = *std::move(parsed);
+    return absl::OkStatus();
+  }
+
+  // The first bad rows of the batch, each with its place, and how many there are.
+  static absl::Status CheckRows(const std::vector<absl::StatusOr<TokenizedRow>>& results) {
+    std::vector<std::string> problems;
+    size_t bad = 0;
+    for (const absl::StatusOr<TokenizedRow>& result : results) {
+      if (!result.ok() && ++bad <= kListedRows) problems.emplace_back(result.status().message());
+    }
+    if (bad == 0) return absl::OkStatus();
+    if (bad > kListedRows) problems.push_back(absl::StrCat("... and ", bad - kListedRows, " more bad rows"));
+    return absl::InvalidArgumentError(absl::StrJoin(problems, "\n"));
+  }
+
+  const Rules& rules_;
+  const Progress& progress_;
+  std::unique_ptr<ChatTemplate> chat_template_;
+  bool conversational_ = false;
+  int64_t total_ = 0;
+  std::vector<RawRow> batch_;
+  size_t batch_bytes_ = 0;
+  std::vector<OwnedPair> pairs_;
+  DataReport report_;
+};
+
+std::string DroppedReasons(const DataReport& report) {
+  std::string reasons;
+  for (const auto& [reason, count] : report.dropped)
+    absl::StrAppend(&reasons, reasons.empty() ? "" : ", ", reason, ": ", count);
+  return reasons.empty() ? "the file is empty" : reasons;
+}
 
 // The split's cache file, made if it is not there yet.
 absl::StatusOr<fs::path> PrepareSplit(const Split& split, const Rules& rules, const fs::path& cache_dir,
@@ -204,34 +355,16 @@ absl::StatusOr<fs::path> PrepareSplit(const Split& split, const Rules& rules, co
       return tokens;
     }
   }
-  SIMPO_ASSIGN_OR_RETURN(const std::vector<PreferenceRow> rows, ReadSplit(split));
-  *conversational = std::any_of(rows.begin(), rows.end(), [](const PreferenceRow& row) { return row.conversational; });
-  std::unique_ptr<ChatTemplate> chat_template;
-  if (*conversational) {
-    absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(rules.template_text);
-    if (!parsed.ok())
-      return absl::InvalidArgumentError(
-          absl::StrCat("chat template of ", rules.template_source, ": ", parsed.status().message()));
-    chat_template = *std::move(parsed);
-  }
-  SIMPO_ASSIGN_OR_RETURN(
-      const std::vector<TokenizedRow> results,
-      TokenizeRows(rows, *rules.tokenizer, chat_template.get(), rules.tokenize, rules.threads, progress));
-  std::vector<OwnedPair> pairs;
-  for (const TokenizedRow& row : results) {
-    if (row.pair) pairs.push_back(*row.pair);
-  }
-  *report = MakeReport(results, pairs);
-  if (pairs.empty()) {
-    std::string reasons;
-    for (const auto& [reason, count] : report->dropped)
-      absl::StrAppend(&reasons, reasons.empty() ? "" : ", ", reason, ": ", count);
+  SplitTokenizer tokenizer(rules, progress);
+  SIMPO_RETURN_IF_ERROR(tokenizer.Run(split));
+  *report = tokenizer.report();
+  *conversational = tokenizer.conversational();
+  if (tokenizer.pairs().empty()) {
     return absl::InvalidArgumentError(absl::StrCat(split.front().files.front().string(), ": no pair is left of ",
-                                                   report->rows, " rows (",
-                                                   reasons.empty() ? "the file is empty" : reasons, ")"));
+                                                   report->rows, " rows (", DroppedReasons(*report), ")"));
   }
-  SIMPO_RETURN_IF_ERROR(WriteTokenizedDataset(tokens, pairs, report->rows - report->pairs));
-  const Json json = {{"report", ReportToJson(*report)}, {"conversational", *conversational}};
+  SIMPO_RETURN_IF_ERROR(WriteTokenizedDataset(tokens, tokenizer.pairs(), report->rows - report->pairs));
+  const Json json = {{"report", ToJson(*report)}, {"conversational", *conversational}};
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(facts, json.dump(1)));
   return tokens;
 }
@@ -248,6 +381,8 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
       config.tokenizer_name_or_path.empty() ? config.model_name_or_path : config.tokenizer_name_or_path;
   SIMPO_ASSIGN_OR_RETURN(rules.tokenizer, Tokenizer::Load(dir));
   std::error_code error;
+  const bool their_mistral = config.compat == "princeton" &&
+                             absl::AsciiStrToLower(config.model_name_or_path).find("mistral") != std::string::npos;
   if (!config.chat_template.empty()) {
     rules.template_source = "the job file";
     rules.template_text = config.chat_template;
@@ -255,6 +390,9 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
       SIMPO_ASSIGN_OR_RETURN(rules.template_text, ReadFile(config.chat_template, 1 << 20));
       rules.template_source = config.chat_template;
     }
+  } else if (their_mistral) {
+    rules.template_text = PrincetonMistralTemplate();
+    rules.template_source = "compat: princeton for models with mistral in their name";
   } else if (!rules.tokenizer->chat_template().empty()) {
     rules.template_text = rules.tokenizer->chat_template();
     rules.template_source = rules.tokenizer->chat_template_source();
@@ -273,13 +411,27 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
 std::string DataReport::ToString() const {
   std::string text = absl::StrFormat("  %d rows, %d pairs", rows, pairs);
   for (const auto& [reason, count] : dropped) absl::StrAppend(&text, ", ", count, " dropped (", reason, ")");
-  absl::StrAppend(
-      &text, absl::StrFormat(
-                 ", %d truncated\n  tokens on average: prompt %.1f, chosen %.1f, rejected %.1f; longest sequence %d; "
-                 "%.0f%% of all tokens are in prefixes that both responses share\n",
-                 truncated, mean_prompt_tokens, mean_chosen_tokens, mean_rejected_tokens, longest_sequence,
-                 100 * shared_prefix_share));
+  absl::StrAppend(&text, absl::StrFormat(", %d truncated", truncated));
+  if (ties > 0) absl::StrAppend(&text, absl::StrFormat(", %d with equal scores", ties));
+  absl::StrAppend(&text, "\n  tokens (mean; 50%, 90%, 99% of the pairs have at most; longest): ");
+  const std::pair<const char*, const LengthSummary*> parts[] = {
+      {"prompt", &prompt}, {"chosen", &chosen}, {"rejected", &rejected}, {"longer sequence", &longer_sequence}};
+  for (const auto& [name, s] : parts) {
+    absl::StrAppend(&text, absl::StrFormat("%s %.1f; %d, %d, %d; %d%s", name, s->mean, s->p50, s->p90, s->p99,
+                                           s->longest, s == &longer_sequence ? "" : " | "));
+  }
+  absl::StrAppend(&text, absl::StrFormat("\n  %.0f%% of all tokens are in prefixes that both responses share\n",
+                                         100 * shared_prefix_share));
   return text;
+}
+
+absl::Status WriteDataReport(const PreparedData& data, const fs::path& output_dir) {
+  Json json = {{"train", ToJson(data.train_report)}};
+  if (data.eval_report) json["evaluation"] = ToJson(*data.eval_report);
+  json["chat_template"] = data.chat_template_source;
+  json["notes"] = data.notes;
+  return WriteFileAtomically(output_dir / "data_report.json",
+                             json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress) {
@@ -288,23 +440,25 @@ absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path
   if (error)
     return absl::UnavailableError(absl::StrCat("cannot make the cache folder ", cache_dir.string(), ": ",
                                                error.message(), " (SIMPO_CACHE_DIR names another)"));
-  const std::string train_name = config.dataset_splits.empty() ? "train" : config.dataset_splits[0];
-  const std::string eval_name = config.dataset_splits.size() < 2 ? "test" : config.dataset_splits[1];
+  const SplitNames names = NamesOfSplits(config.dataset_splits);
   SIMPO_ASSIGN_OR_RETURN(const Split train,
-                         FindSplit(config.dataset_mixer, train_name, /*is_train=*/true, /*whole=*/false));
-  Split eval;
-  if (!config.eval_dataset_mixer.empty()) {
-    SIMPO_ASSIGN_OR_RETURN(eval, FindSplit(config.eval_dataset_mixer, eval_name, /*is_train=*/true, /*whole=*/false));
-  } else {
-    SIMPO_ASSIGN_OR_RETURN(eval, FindSplit(config.dataset_mixer, eval_name, /*is_train=*/false, /*whole=*/true));
-  }
+                         FindSplit(config, config.dataset_mixer, names.train, /*required=*/true, /*whole=*/false));
+  const bool own_eval = !config.eval_dataset_mixer.empty();
+  // Test splits are taken whole, so that runs stay comparable.
+  SIMPO_ASSIGN_OR_RETURN(const Split eval,
+                         FindSplit(config, own_eval ? config.eval_dataset_mixer : config.dataset_mixer, names.eval,
+                                   /*required=*/own_eval, /*whole=*/!own_eval));
   SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config));
   PreparedData data;
+  if (rules.tokenize.max_prompt_length != config.max_prompt_length) {
+    data.notes.push_back(absl::StrCat("max_prompt_length is not given: ", rules.tokenize.max_prompt_length,
+                                      ", as in the paper's trainer (compat: princeton)"));
+  }
   bool conversational = false;
   SIMPO_ASSIGN_OR_RETURN(data.train_cache,
                          PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));
   if (eval.empty()) {
-    if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", eval_name));
+    if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", names.eval));
   } else {
     DataReport report;
     bool eval_conversational = false;

@@ -13,16 +13,22 @@
 
 namespace simpo {
 
+// Lengths in tokens over the pairs of a split.
+struct LengthSummary {
+  double mean = 0;
+  int64_t p50 = 0, p90 = 0, p99 = 0, longest = 0;
+};
+
 // What happened to the rows of one split.
 struct DataReport {
   int64_t rows = 0;
   int64_t pairs = 0;                       // kept
   std::map<std::string, int64_t> dropped;  // reason -> rows
   int64_t truncated = 0;
-  double mean_prompt_tokens = 0, mean_chosen_tokens = 0, mean_rejected_tokens = 0;
-  int64_t longest_sequence = 0;
-  double shared_prefix_share = 0;  // common prefix tokens / all tokens of both sequences
-  std::string ToString() const;    // a few lines for a log
+  int64_t ties = 0;                                         // pairs whose two scores are equal, dropped or not
+  LengthSummary prompt, chosen, rejected, longer_sequence;  // the longer of a pair's two sequences
+  double shared_prefix_share = 0;                           // common prefix tokens / all tokens of both sequences
+  std::string ToString() const;                             // a few lines for a log
 };
 
 // The result of preparing a job: files that every rank maps, and facts about the tokenizer.
@@ -35,6 +41,9 @@ struct PreparedData {
   std::string chat_template_source;  // "job file", "tokenizer_config.json", "default of llama", "ChatML"
   std::vector<std::string> notes;    // e.g. "no evaluation split: none of test, test_prefs in ..."
 };
+
+// Writes output_dir/data_report.json: both reports, the chat template's source and the notes.
+absl::Status WriteDataReport(const PreparedData& data, const std::filesystem::path& output_dir);
 
 // Reads, checks and tokenises the job's data with its tokenizer and chat template, in parallel,
 // into `cache_dir`, under names that hash the data, tokenizer, template and rules: a second call

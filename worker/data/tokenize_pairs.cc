@@ -8,6 +8,8 @@
 namespace simpo {
 namespace {
 
+constexpr int32_t kPrincetonPromptLength = 128;  // the default of the paper's trainer
+
 struct Texts {
   std::string prompt, chosen, rejected;
 };
@@ -32,6 +34,41 @@ absl::StatusOr<Texts> RenderTexts(const PreferenceRow& row, const Tokenizer& tok
   prompt.resize(CommonPrefix(prompt, chosen));
   prompt.resize(CommonPrefix(prompt, rejected));
   return Texts{prompt, chosen.substr(prompt.size()), rejected.substr(prompt.size())};
+}
+
+// As run_simpo.py does: the prompt is all but the last message, after an empty system message where the
+// template knows such; each answer is rendered alone, so its header is part of the response.
+absl::StatusOr<Texts> RenderPrinceton(const PreferenceRow& row, const Tokenizer& tokenizer,
+                                      const ChatTemplate& chat_template) {
+  auto render = [&](const std::vector<Message>& messages) {
+    return chat_template.Render(messages, /*add_generation_prompt=*/false, tokenizer.bos_token(),
+                                tokenizer.eos_token());
+  };
+  std::vector<Message> prompt_messages = row.prompt_messages;
+  std::vector<Message> chosen_messages = row.chosen_messages;
+  std::vector<Message> rejected_messages = row.rejected_messages;
+  if (!row.prompt_beside) {
+    prompt_messages.insert(prompt_messages.end(), chosen_messages.begin(), chosen_messages.end() - 1);
+    chosen_messages.erase(chosen_messages.begin(), chosen_messages.end() - 1);
+    rejected_messages.erase(rejected_messages.begin(), rejected_messages.end() - 1);
+  }
+  absl::StatusOr<std::string> prompt = absl::UnknownError("");
+  if (chat_template.MentionsSystem() && (prompt_messages.empty() || prompt_messages[0].role != "system")) {
+    std::vector<Message> with_system = prompt_messages;
+    with_system.insert(with_system.begin(), {"system", ""});
+    prompt = render(with_system);
+  }
+  // A template may speak of a system message only to refuse it; the reference stops there.
+  if (!prompt.ok()) prompt = render(prompt_messages);
+  if (!prompt.ok()) return prompt.status();
+  Texts texts{*std::move(prompt), "", ""};
+  for (const auto& [messages, text] :
+       {std::pair(&chosen_messages, &texts.chosen), {&rejected_messages, &texts.rejected}}) {
+    SIMPO_ASSIGN_OR_RETURN(*text, render(*messages));
+    const std::string& bos = tokenizer.bos_token();
+    if (!bos.empty() && text->starts_with(bos)) text->erase(0, bos.size());
+  }
+  return texts;
 }
 
 struct Sequence {
@@ -82,31 +119,57 @@ bool Truncate(Sequence& chosen, Sequence& rejected, const TokenizeRules& rules, 
   return true;
 }
 
+// The paper's joint truncation, to the letter: the longer response decides for both, a cut prompt loses
+// its BOS with keep_end, and responses are cut as if the prompt had max_prompt_length.
+bool TruncateJointly(Sequence& chosen, Sequence& rejected, const TokenizeRules& rules) {
+  const size_t longer = std::max(chosen.response.size(), rejected.response.size());
+  const auto limit = static_cast<size_t>(rules.max_length);
+  const auto prompt_limit = static_cast<size_t>(rules.max_prompt_length);
+  const size_t response_limit = limit > prompt_limit ? limit - prompt_limit : 0;
+  bool cut = false;
+  for (Sequence* sequence : {&chosen, &rejected}) {
+    if (sequence->prompt.size() + longer <= limit) continue;
+    cut |= sequence->prompt.size() > prompt_limit;
+    CutPrompt(sequence->prompt, rules, /*bos=*/std::nullopt);
+    if (sequence->prompt.size() + longer <= limit || sequence->response.size() <= response_limit) continue;
+    cut = true;
+    sequence->response.resize(response_limit);
+  }
+  return cut;
+}
+
 }  // namespace
 
 TokenizeRules TokenizeRules::FromConfig(const JobConfig& config) {
+  const bool princeton = config.compat == "princeton";
   return {.max_length = config.max_length,
-          .max_prompt_length = config.max_prompt_length,
+          // The paper's trainer has no prompt without a limit.
+          .max_prompt_length =
+              princeton && config.max_prompt_length == 0 ? kPrincetonPromptLength : config.max_prompt_length,
           .keep_end = config.truncation_mode == "keep_end",
-          .drop_ties = config.drop_ties};
+          .drop_ties = config.drop_ties,
+          .princeton = princeton};
 }
 
 absl::StatusOr<TokenizedRow> TokenizeRow(const PreferenceRow& row, const Tokenizer& tokenizer,
                                          const ChatTemplate* chat_template, const TokenizeRules& rules) {
+  auto drop = [](std::string reason) { return TokenizedRow{.pair = std::nullopt, .dropped = std::move(reason)}; };
+  if (!row.dropped.empty()) return drop(row.dropped);
   Texts texts{row.prompt, row.chosen, row.rejected};
   if (row.conversational) {
-    absl::StatusOr<Texts> rendered = RenderTexts(row, tokenizer, *chat_template);
+    absl::StatusOr<Texts> rendered =
+        rules.princeton ? RenderPrinceton(row, tokenizer, *chat_template) : RenderTexts(row, tokenizer, *chat_template);
     if (!rendered.ok()) return absl::InvalidArgumentError(absl::StrCat(row.where, ": ", rendered.status().message()));
     texts = *std::move(rendered);
   }
-  auto drop = [](const char* reason) { return TokenizedRow{.pair = std::nullopt, .dropped = reason}; };
   if (rules.drop_ties && row.tie) return drop("equal scores");
   if (texts.chosen == texts.rejected) return drop("identical responses");
   if (texts.chosen.empty() || texts.rejected.empty()) return drop("empty response");
   SIMPO_ASSIGN_OR_RETURN(const std::vector<int32_t> prompt, tokenizer.Encode(texts.prompt));
   SIMPO_ASSIGN_OR_RETURN(Sequence chosen, TokenizeResponse(prompt, texts.prompt, texts.chosen, tokenizer));
   SIMPO_ASSIGN_OR_RETURN(Sequence rejected, TokenizeResponse(prompt, texts.prompt, texts.rejected, tokenizer));
-  const bool truncated = Truncate(chosen, rejected, rules, tokenizer.bos_id());
+  const bool truncated = rules.princeton ? TruncateJointly(chosen, rejected, rules)
+                                         : Truncate(chosen, rejected, rules, tokenizer.bos_id());
   if (chosen.response.empty() || rejected.response.empty())
     return drop("no room for a response: the prompt alone fills max_length");
   if (chosen.prompt == rejected.prompt && chosen.response == rejected.response) return drop("identical responses");

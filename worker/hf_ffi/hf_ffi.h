@@ -1,9 +1,9 @@
 #ifndef SIMPO_WORKER_HF_FFI_HF_FFI_H_
 #define SIMPO_WORKER_HF_FFI_HF_FFI_H_
 
-// The C interface of the Rust crate beside this file: Hugging Face's tokenizers and a Jinja engine.
-// worker/data/tokenizer.h and chat_template.h wrap it; nothing else includes it. No call lets a panic
-// out: a panic is an error like any other. All objects may be used by several threads at once.
+// The C interface of the Rust crate beside this file: Hugging Face's tokenizers, a Jinja engine and a
+// Parquet reader. worker/data wraps it; nothing else includes it. No call lets a panic out: a panic is an
+// error like any other. Objects may be used by several threads at once unless said otherwise.
 
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +12,7 @@ extern "C" {
 
 struct SimpoTokenizer;
 struct SimpoTemplate;
+struct SimpoParquet;
 
 // Bytes owned by Rust; give them back with simpo_bytes_free.
 struct SimpoBytes {
@@ -45,6 +46,15 @@ void simpo_template_free(SimpoTemplate* chat_template);
 // `context` is a JSON object with the template's variables.
 bool simpo_template_render(const SimpoTemplate* chat_template, const uint8_t* context, size_t size, SimpoBytes* text,
                            SimpoBytes* error);
+
+// A Parquet file, of which the columns named in `columns` (one a line) are read. NULL: `error` says why.
+// One thread at a time.
+SimpoParquet* simpo_parquet_open(const uint8_t* path, size_t path_size, const uint8_t* columns, size_t columns_size,
+                                 SimpoBytes* error);
+void simpo_parquet_free(SimpoParquet* rows);
+int64_t simpo_parquet_num_rows(const SimpoParquet* rows);
+// The next rows, each a line of JSON; columns that are not read are null. Empty at the end of the file.
+bool simpo_parquet_next(SimpoParquet* rows, SimpoBytes* lines, SimpoBytes* error);
 }
 
 #endif  // SIMPO_WORKER_HF_FFI_HF_FFI_H_

@@ -1,4 +1,4 @@
-//! Hugging Face's tokenizers and a Jinja engine behind the C interface of hf_ffi.h.
+//! Hugging Face's tokenizers, a Jinja engine and a Parquet reader behind the C interface of hf_ffi.h.
 //!
 //! Every function catches panics and turns them into errors; pointers that C++ passes are valid for
 //! the call, as the header says.
@@ -7,8 +7,10 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::slice;
 
 mod chat_template;
+mod parquet;
 
 use chat_template::ChatTemplate;
+use parquet::ParquetRows;
 use tokenizers::Tokenizer;
 
 #[repr(C)]
@@ -156,6 +158,52 @@ pub unsafe extern "C" fn simpo_template_render(
     match guarded(error, || (*template).render(text(context, size)?)) {
         Some(rendered) => {
             *out = rendered.into_bytes().into();
+            true
+        }
+        None => false,
+    }
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_parquet_open(
+    path: *const u8,
+    path_size: usize,
+    columns: *const u8,
+    columns_size: usize,
+    error: *mut SimpoBytes,
+) -> *mut ParquetRows {
+    let made = guarded(error, || {
+        let wanted = text(columns, columns_size)?.split('\n').map(str::to_string).collect();
+        ParquetRows::open(text(path, path_size)?, wanted)
+    });
+    made.map_or(std::ptr::null_mut(), |rows| Box::into_raw(Box::new(rows)))
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_parquet_free(rows: *mut ParquetRows) {
+    if !rows.is_null() {
+        drop(Box::from_raw(rows));
+    }
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_parquet_num_rows(rows: *const ParquetRows) -> i64 {
+    (*rows).num_rows()
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_parquet_next(rows: *mut ParquetRows, out: *mut SimpoBytes, error: *mut SimpoBytes) -> bool {
+    match guarded(error, || (*rows).next_rows()) {
+        Some(lines) => {
+            *out = lines.into();
             true
         }
         None => false,
