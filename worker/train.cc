@@ -233,12 +233,14 @@ void Run::WriteManifest() {
   nlohmann::ordered_json manifest;
   manifest["job"] = JobConfigToYaml(config_);
   manifest["model"] = {{"path", options_.model_dir.string()},
+                       {"source", options_.model_source},
                        {"model_type", options_.model.model_type},
                        {"parameters", options_.model.NumParameters()}};
   manifest["data"] = {{"train", options_.data.train_cache.string()},
                       {"pairs", train_data_->size()},
                       {"dropped_pairs", train_data_->dropped_pairs()},
-                      {"chat_template", options_.data.chat_template_source}};
+                      {"chat_template", options_.data.chat_template_source},
+                      {"notes", options_.data.notes}};
   manifest["compute_dtype"] = params_->compute_dtype() == at::kFloat ? "float32" : "bfloat16";
   manifest["global_batch_size"] = global_batch_size_;
   manifest["steps_planned"] = total_steps_;

@@ -193,7 +193,7 @@ absl::StatusOr<std::vector<fs::path>> FindSplitFiles(const fs::path& source, con
     gethostname(host, sizeof(host) - 1);
     return absl::NotFoundError(absl::StrCat(
         "dataset '", source.string(), "' is neither a file nor a folder on ", host,
-        ". Give the path of a .jsonl file or of a folder with train.jsonl; data sets are not downloaded."));
+        ". Give the path of a .jsonl file or of a folder with train.jsonl, or a data set of the hub (owner/name)."));
   }
   for (const fs::path& file : files) {
     if (file.extension() != ".jsonl") {

@@ -51,11 +51,39 @@ class FileLock {
   int fd_;
 };
 
+// Where the sources of a mixer come from, other than from paths.
+struct Sources {
+  const std::vector<std::string>& hub_configs;  // one for each source, or none
+  HubAccess hub_access;
+  std::vector<std::string>& notes;
+};
+
+// A path wins over a hub id of the same name.
+absl::StatusOr<std::vector<fs::path>> FindSourceFiles(const std::string& source, size_t index, const std::string& name,
+                                                      bool is_train, const Sources& sources) {
+  std::error_code error;
+  if (fs::exists(source, error) || !IsHubId(source)) return FindSplitFiles(source, name, is_train);
+  const std::string config = index < sources.hub_configs.size() ? sources.hub_configs[index] : "";
+  absl::StatusOr<HubFiles> found = FetchSplit(source, config, name, /*required=*/is_train, sources.hub_access);
+  if (!found.ok()) {
+    return absl::Status(found.status().code(), absl::StrCat("dataset '", source,
+                                                            "' is neither a file nor a folder here, "
+                                                            "and from the hub: ",
+                                                            found.status().message()));
+  }
+  if (!found->files.empty()) {
+    sources.notes.push_back(absl::StrCat("data set ", found->source, ": split ", name));
+    for (const std::string& note : found->notes) sources.notes.push_back(note);
+  }
+  return found->files;
+}
+
 absl::StatusOr<Split> FindSplit(const std::vector<std::pair<std::string, double>>& mixer, const std::string& name,
-                                bool is_train, bool whole) {
+                                bool is_train, bool whole, const Sources& sources) {
   Split split;
-  for (const auto& [source, fraction] : mixer) {
-    SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files, FindSplitFiles(source, name, is_train));
+  for (size_t i = 0; i < mixer.size(); ++i) {
+    const auto& [source, fraction] = mixer[i];
+    SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files, FindSourceFiles(source, i, name, is_train, sources));
     if (!files.empty()) {
       split.push_back({std::move(files), whole ? 1.0 : fraction});
     } else if (is_train) {
@@ -282,7 +310,8 @@ std::string DataReport::ToString() const {
   return text;
 }
 
-absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress) {
+absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress,
+                                         HubAccess hub_access) {
   std::error_code error;
   fs::create_directories(cache_dir, error);
   if (error)
@@ -290,16 +319,19 @@ absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path
                                                error.message(), " (SIMPO_CACHE_DIR names another)"));
   const std::string train_name = config.dataset_splits.empty() ? "train" : config.dataset_splits[0];
   const std::string eval_name = config.dataset_splits.size() < 2 ? "test" : config.dataset_splits[1];
+  PreparedData data;
+  const Sources sources{config.dataset_configs, hub_access, data.notes};
   SIMPO_ASSIGN_OR_RETURN(const Split train,
-                         FindSplit(config.dataset_mixer, train_name, /*is_train=*/true, /*whole=*/false));
+                         FindSplit(config.dataset_mixer, train_name, /*is_train=*/true, /*whole=*/false, sources));
   Split eval;
   if (!config.eval_dataset_mixer.empty()) {
-    SIMPO_ASSIGN_OR_RETURN(eval, FindSplit(config.eval_dataset_mixer, eval_name, /*is_train=*/true, /*whole=*/false));
+    SIMPO_ASSIGN_OR_RETURN(
+        eval, FindSplit(config.eval_dataset_mixer, eval_name, /*is_train=*/true, /*whole=*/false, sources));
   } else {
-    SIMPO_ASSIGN_OR_RETURN(eval, FindSplit(config.dataset_mixer, eval_name, /*is_train=*/false, /*whole=*/true));
+    SIMPO_ASSIGN_OR_RETURN(eval,
+                           FindSplit(config.dataset_mixer, eval_name, /*is_train=*/false, /*whole=*/true, sources));
   }
   SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config));
-  PreparedData data;
   bool conversational = false;
   SIMPO_ASSIGN_OR_RETURN(data.train_cache,
                          PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));

@@ -1,8 +1,8 @@
 #ifndef SIMPO_WORKER_HF_FFI_HF_FFI_H_
 #define SIMPO_WORKER_HF_FFI_HF_FFI_H_
 
-// The C interface of the Rust crate beside this file: Hugging Face's tokenizers and a Jinja engine.
-// worker/data/tokenizer.h and chat_template.h wrap it; nothing else includes it. No call lets a panic
+// The C interface of the Rust crate beside this file: Hugging Face's tokenizers, a Jinja engine and the hub.
+// worker/data/tokenizer.h, chat_template.h and hub.h wrap it; nothing else includes it. No call lets a panic
 // out: a panic is an error like any other. All objects may be used by several threads at once.
 
 #include <cstddef>
@@ -45,6 +45,19 @@ void simpo_template_free(SimpoTemplate* chat_template);
 // `context` is a JSON object with the template's variables.
 bool simpo_template_render(const SimpoTemplate* chat_template, const uint8_t* context, size_t size, SimpoBytes* text,
                            SimpoBytes* error);
+
+// The hub, with the settings of the environment (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE ...).
+// Each call takes a JSON object {"kind": "model" | "dataset", "repo": "owner/name", "revision": "main",
+// "cache_only": false} and returns 0 and a JSON object, or the number of an absl::StatusCode and a message.
+//
+// {"commit", "folder", "files"}: what the revision holds, and its folder in the cache. Where the cache has
+// to answer, "files" are those that are there and "why_cached" says why the hub was not asked.
+int simpo_hub_list(const uint8_t* request, size_t size, SimpoBytes* reply);
+// With "commit" and "files" in the request: brings these files into the folder.
+int simpo_hub_fetch(const uint8_t* request, size_t size, SimpoBytes* reply);
+// {"revision": "refs/pr/N"}: the hub's own conversion of a model to safetensors. Without one {}, or
+// {"closed": "refs/pr/N"} where the owners have closed it.
+int simpo_hub_conversion(const uint8_t* request, size_t size, SimpoBytes* reply);
 }
 
 #endif  // SIMPO_WORKER_HF_FFI_HF_FFI_H_
