@@ -166,11 +166,15 @@ impl Hub {
         is_commit(&commit).then_some(commit)
     }
 
+    fn is_cached(&self, request: &Request, commit: &str) -> bool {
+        self.listing_path(request, commit).is_file() || self.snapshot(request, commit).is_dir()
+    }
+
     /// The files of a revision as the cache has them. `why` says why the hub is not asked.
     fn list_cached(&self, request: &Request, why: &str) -> Result<Value, Failure> {
         let folder = self.repo_folder(&request.repo_at("main"));
         let cached = self.cached_commit(request).map(|commit| (self.snapshot(request, &commit), commit));
-        let Some((snapshot, commit)) = cached.filter(|(snapshot, _)| snapshot.is_dir()) else {
+        let Some((snapshot, commit)) = cached.filter(|(_, commit)| self.is_cached(request, commit)) else {
             return fail(
                 if self.offline || request.cache_only { NOT_FOUND } else { UNAVAILABLE },
                 format!(
@@ -216,7 +220,9 @@ impl Hub {
         }
         let repo = request.repo_at(&request.revision);
         let url = format!("{}/api/{}", self.endpoint, repo.api_url());
-        let text = match hub_transfer::get_text(self, &url) {
+        // Where the cache can answer, a machine without a network does not wait long.
+        let cached = self.cached_commit(request).is_some_and(|commit| self.is_cached(request, &commit));
+        let text = match hub_transfer::get_text(self, &url, if cached { 2 } else { hub_transfer::TRIES }) {
             Ok(text) => text,
             Err(Problem::Status(answer)) => return Err(self.refusal(request, "", answer)),
             Err(problem) => {
@@ -279,7 +285,7 @@ impl Hub {
         let mut closed = Value::Null;
         for page in 0..20 {
             let url = format!("{}/api/models/{}/discussions?p={page}", self.endpoint, request.repo);
-            let text = hub_transfer::get_text(self, &url).map_err(|problem| self.explain(request, "", problem))?;
+            let text = hub_transfer::get_text(self, &url, hub_transfer::TRIES).map_err(|problem| self.explain(request, "", problem))?;
             let answer: Value = serde_json::from_str(&text).unwrap_or_default();
             let discussions = answer["discussions"].as_array().cloned().unwrap_or_default();
             for item in &discussions {

@@ -51,7 +51,7 @@ pub struct RemoteFile {
     pub size: u64,
 }
 
-const TRIES: u32 = 5; // in a row without a byte received
+pub const TRIES: u32 = 5; // in a row without a byte received
 const LONGEST_WAIT: Duration = Duration::from_secs(300); // the hub's own limits begin anew after that
 
 pub fn disk_failure(path: &Path, error: &io::Error) -> Failure {
@@ -170,9 +170,9 @@ fn check_status(response: Response<Body>, url: &str, at_endpoint: bool) -> Resul
     }))
 }
 
-/// Calls `attempt` until it succeeds, fails for good, or has failed TRIES times without any progress
+/// Calls `attempt` until it succeeds, fails for good, or has failed `most` times without any progress
 /// (the number that it is given to count up).
-fn with_retries<T>(what: &str, mut attempt: impl FnMut(&mut u64) -> Result<T, Problem>) -> Result<T, Problem> {
+fn with_retries<T>(what: &str, most: u32, mut attempt: impl FnMut(&mut u64) -> Result<T, Problem>) -> Result<T, Problem> {
     let mut tries = 0;
     loop {
         let mut progress = 0;
@@ -181,7 +181,7 @@ fn with_retries<T>(what: &str, mut attempt: impl FnMut(&mut u64) -> Result<T, Pr
             result => return result,
         };
         tries = if progress > 0 { 1 } else { tries + 1 };
-        if tries >= TRIES {
+        if tries >= most {
             return Err(Problem::passing(message));
         }
         let jitter = Duration::from_millis(u64::from(std::process::id()) % 100);
@@ -191,8 +191,8 @@ fn with_retries<T>(what: &str, mut attempt: impl FnMut(&mut u64) -> Result<T, Pr
     }
 }
 
-pub fn get_text(hub: &Hub, url: &str) -> Result<String, Problem> {
-    with_retries("hub", |_| {
+pub fn get_text(hub: &Hub, url: &str, tries: u32) -> Result<String, Problem> {
+    with_retries("hub", tries, |_| {
         let mut response = send(hub, url, false, 0)?;
         let body = response.body_mut().with_config().limit(256 << 20).read_to_string();
         body.map_err(|e| Problem::passing(format!("{}: {e}", origin(url))))
@@ -200,7 +200,7 @@ pub fn get_text(hub: &Hub, url: &str) -> Result<String, Problem> {
 }
 
 pub fn ask_file(hub: &Hub, url: &str) -> Result<RemoteFile, Problem> {
-    with_retries("hub", |_| {
+    with_retries("hub", TRIES, |_| {
         let response = send(hub, url, true, 0)?;
         let headers = response.headers();
         let either = |linked: &str, own: &str| match header(headers, linked) {
@@ -234,7 +234,7 @@ pub fn fetch_blob(hub: &Hub, name: &str, url: &str, file: &RemoteFile, blob: &Pa
     let partial = blob.with_file_name(format!("{}.incomplete", file.etag));
     let mut progress = Progress::new(name, file.size);
     for last_try in [false, true] {
-        with_retries(name, |received| receive(hub, url, file, &partial, &mut progress, received))?;
+        with_retries(name, TRIES, |received| receive(hub, url, file, &partial, &mut progress, received))?;
         progress.finish();
         let found = checksum(&partial, file).map_err(|e| Problem::disk(&partial, &e))?;
         if found.as_ref().is_none_or(|found| *found == file.etag) {
