@@ -5,6 +5,7 @@
 //
 // This file alone turns errors into messages and exit codes.
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <fcntl.h>
 #include <mpi.h>
 #include <signal.h>
@@ -22,6 +23,8 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,6 +34,7 @@
 #include "common/atomic_file.h"
 #include "common/job_config_yaml.h"
 #include "common/log.h"
+#include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/comm/collectives.h"
 #include "worker/coordinator_client.h"
@@ -350,6 +354,20 @@ absl::Status PrepareRank(const Flags& flags, const ParsedJob& job, TrainOptions*
   return MakeOutputDir(*options, made_output_dir);
 }
 
+// Each machine has asked the hub for itself, and a repository may have changed in between.
+absl::Status CheckSameInputs(const TrainOptions& options, Collectives& comm) {
+  std::string inputs = absl::StrCat(options.model_source, "\n", options.data.train_cache.filename().string());
+  if (options.data.eval_cache) absl::StrAppend(&inputs, "\n", options.data.eval_cache->filename().string());
+  at::Tensor digests = at::zeros({comm.world_size()}, at::kLong);
+  const std::span<int64_t> of_rank(digests.data_ptr<int64_t>(), static_cast<size_t>(comm.world_size()));
+  of_rank[static_cast<size_t>(comm.rank())] = std::stoll(Sha256(inputs).substr(0, 15), nullptr, 16);
+  comm.AllReduce(digests);
+  if (std::set<int64_t>(of_rank.begin(), of_rank.end()).size() == 1) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat("the ranks have read different models or data; rank ", comm.rank(), " has ", options.model_source,
+                   ". If a repository of the hub has just changed, start again, or set model_revision to a commit"));
+}
+
 // Every rank returns the same outcome.
 absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, TrainOptions& options,
                                       Collectives& comm, std::unique_ptr<CoordinatorClient>* client) {
@@ -359,6 +377,7 @@ absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, 
   }
   *client = StartClient(flags, options, comm.world_size());
   options.coordinator = client->get();
+  SIMPO_RETURN_IF_ERROR(CheckSameInputs(options, comm));
   return Train(options, comm);
 }
 

@@ -238,6 +238,14 @@ class HubHandler(Handler):
         commit, files = repository.find(parts[4] if len(parts) > 4 else "main")
         if commit is None:
             return self.refuse_with(404, "RevisionNotFound")
+        if parts[3] == "tree":
+            tree = []
+            for path, data in files.items():
+                entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+                if path.endswith(LARGE):
+                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                tree.append(entry)
+            return self.answer(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
         info = {"id": "/".join(parts[1:3]), "sha": commit, "siblings": [{"rfilename": path} for path in files]}
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 

@@ -173,7 +173,7 @@ void NoteCached(const Repo& repo, const Listing& listing, Names* notes) {
 
 // --- data sets
 
-constexpr const char* kForms[] = {".parquet", ".jsonl", ".json", ".csv"};
+constexpr const char* kForms[] = {".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz"};
 
 // The data files of the best form among them.
 Names OfOneForm(const Names& files) {
@@ -282,21 +282,21 @@ absl::Status NoSplit(const Repo& repo, const Listing& listing, const std::string
                    "dataset_configs"));
 }
 
-// The hub's own conversion of any data set to Parquet: <config>/<split>/0000.parquet.
-absl::StatusOr<HubFiles> FetchConvertedSplit(const Repo& original, const std::string& config, const std::string& split,
-                                             bool required) {
+// The hub's own conversion of any data set to Parquet: <config>/<split>/0000.parquet. No files where there
+// is none.
+absl::StatusOr<HubFiles> FetchConvertedSplit(const Repo& original, const Listing& main, const std::string& config,
+                                             const std::string& split) {
   const Repo repo{original.kind, original.id, "refs/convert/parquet", original.access};
-  SIMPO_ASSIGN_OR_RETURN(const Listing listing, List(repo));
-  const std::string folder = config.empty() ? "default/" : config + "/";
-  const Names names = NamedAfter(listing.files, folder, split);
-  if (names.empty() && required) return NoSplit(repo, listing, split);
-  SIMPO_RETURN_IF_ERROR(Fetch(repo, listing, names));
-  HubFiles result{.folder = listing.folder, .source = Source(repo, listing)};
-  for (const std::string& name : names) result.files.push_back(listing.folder / name);
-  result.notes.push_back(absl::StrCat(Name(repo),
-                                      " holds no Parquet, JSON or CSV files; the hub's own conversion to Parquet is "
-                                      "used: ",
-                                      result.source));
+  const absl::StatusOr<Listing> listing = List(repo);
+  if (absl::IsNotFound(listing.status()) || (!listing.ok() && !main.why_cached.empty())) return HubFiles{};
+  SIMPO_RETURN_IF_ERROR(listing.status());
+  const Names names = NamedAfter(listing->files, config.empty() ? "default/" : config + "/", split);
+  if (names.empty()) return HubFiles{};
+  SIMPO_RETURN_IF_ERROR(Fetch(repo, *listing, names));
+  HubFiles result{.folder = listing->folder, .source = Source(repo, *listing)};
+  for (const std::string& name : names) result.files.push_back(listing->folder / name);
+  result.notes.push_back(absl::StrCat(Name(repo), " has no files with the name of the split ", split,
+                                      "; the hub's own conversion to Parquet is used"));
   return result;
 }
 
@@ -374,7 +374,8 @@ absl::StatusOr<Names> SplitFiles(const Names& files, std::string_view readme, co
   }
   if (!config.empty()) {
     Names named = NamedAfter(files, config + "/", split);
-    if (!named.empty()) return named;
+    if (named.empty()) named = NamedAfter(files, absl::StrCat("data/", config, "/"), split);
+    return named;
   }
   Names named = NamedAfter(files, "", split);
   if (!named.empty() || split != "train") return named;
@@ -394,8 +395,11 @@ absl::StatusOr<HubFiles> FetchSplit(const std::string& id, const std::string& co
   }
   absl::StatusOr<Names> names = SplitFiles(listing.files, readme, config, split);
   if (!names.ok()) return absl::Status(names.status().code(), absl::StrCat(Name(repo), " ", names.status().message()));
-  if (names->empty() && OfOneForm(listing.files).empty()) return FetchConvertedSplit(repo, config, split, required);
-  if (names->empty() && required) return NoSplit(repo, listing, split);
+  if (names->empty()) {
+    SIMPO_ASSIGN_OR_RETURN(HubFiles converted, FetchConvertedSplit(repo, listing, config, split));
+    if (converted.files.empty() && required) return NoSplit(repo, listing, split);
+    return converted;
+  }
   SIMPO_RETURN_IF_ERROR(Fetch(repo, listing, *names));
   HubFiles result{.folder = listing.folder, .source = Source(repo, listing)};
   for (const std::string& name : *names) result.files.push_back(listing.folder / name);

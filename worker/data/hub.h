@@ -39,13 +39,14 @@ absl::StatusOr<HubFiles> FetchModel(const std::string& id, const std::string& re
 absl::StatusOr<HubFiles> FetchTokenizer(const std::string& id, const std::string& revision, HubAccess access);
 
 // The files of a data set that carry `split` of a configuration (empty: the data set's default). Where it
-// has no such split: NOT_FOUND if it is `required`, else no files.
+// has no such split, nor the hub's own conversion to Parquet: NOT_FOUND if it is `required`, else no files.
 absl::StatusOr<HubFiles> FetchSplit(const std::string& id, const std::string& config, const std::string& split,
                                     bool required, HubAccess access);
 
 // Which of a repository's files carry a split, as `datasets` decides it: what the front matter of its README
-// says, else folders and files with the split's name. Of several forms one is taken: Parquet, JSON Lines,
-// JSON, CSV. INVALID_ARGUMENT where README names configurations and `config` is none of them.
+// says, else folders and files with the split's name (within a folder `config`, if one is asked for). Of
+// several forms one is taken: Parquet, JSON Lines, JSON, CSV. INVALID_ARGUMENT where README names configurations and
+// `config` is none of them.
 absl::StatusOr<std::vector<std::string>> SplitFiles(const std::vector<std::string>& files, std::string_view readme,
                                                     const std::string& config, const std::string& split);
 

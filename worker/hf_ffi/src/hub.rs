@@ -167,7 +167,7 @@ impl Hub {
     }
 
     fn is_cached(&self, request: &Request, commit: &str) -> bool {
-        self.listing_path(request, commit).is_file() || self.snapshot(request, commit).is_dir()
+        self.saved_listing(request, commit).is_some() || self.snapshot(request, commit).is_dir()
     }
 
     /// The files of a revision as the cache has them. `why` says why the hub is not asked.
@@ -200,8 +200,15 @@ impl Hub {
         self.repo_folder(&request.repo_at(commit)).join(".listings").join(format!("{commit}.json"))
     }
 
+    /// Ours, or the one that huggingface_hub keeps of a whole snapshot that it was asked for.
     fn saved_listing(&self, request: &Request, commit: &str) -> Option<Vec<String>> {
-        serde_json::from_str(&fs::read_to_string(self.listing_path(request, commit)).ok()?).ok()
+        let read = |path: &Path| serde_json::from_str::<Value>(&fs::read_to_string(path).ok()?).ok();
+        if let Some(Value::Array(names)) = read(&self.listing_path(request, commit)) {
+            return Some(names.iter().filter_map(|name| Some(name.as_str()?.to_string())).collect());
+        }
+        let trees = self.repo_folder(&request.repo_at(commit)).join("trees");
+        let tree = read(&trees.join(format!("{commit}.json")))?;
+        Some(tree["files"].as_object()?.keys().cloned().collect())
     }
 
     /// What a revision holds: its commit, its files, and the folder where they are or will be.
