@@ -65,7 +65,9 @@ class Hub:
     """A server for `with`. `repositories` maps "models/owner/name" and "datasets/owner/name"; `faults` maps a
     file's path in its repository, or "api", to the faults of the next answers."""
 
-    def __init__(self):
+    def __init__(self, tls=None):
+        """With `tls` (an ssl.SSLContext) the hub, not its storage, is https."""
+        self.tls = tls
         self.repositories, self.faults, self.exchanges = {}, {}, []
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.servers = {}
@@ -73,11 +75,14 @@ class Hub:
             self.servers[name] = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
             self.servers[name].daemon_threads = True
             self.servers[name].hub = self
+            if tls and name == "hub":
+                self.servers[name].socket = tls.wrap_socket(self.servers[name].socket, server_side=True)
             threading.Thread(target=self.servers[name].serve_forever, kwargs={"poll_interval": 0.02},
                              daemon=True).start()
 
     def url(self, name="hub"):
-        return f"http://127.0.0.1:{self.servers[name].server_address[1]}"
+        scheme = "https" if self.tls and name == "hub" else "http"
+        return f"{scheme}://127.0.0.1:{self.servers[name].server_address[1]}"
 
     def add(self, kind, repo, files, revision="main", **changes):
         key = f"{kind}s/{repo}"

@@ -7,8 +7,8 @@ import os
 import pathlib
 import random
 import re
+import ssl
 import subprocess
-import time
 
 import pytest
 
@@ -356,6 +356,20 @@ def test_splits_and_configurations_of_a_data_set(workspace):
     says(workspace.prepare().expect(BAD_INPUT), "no split 'train' among its files .data/train_prefs-00000.*dataset_splits")
     job = workspace.job(dataset_splits=["train_prefs"], dataset_configs=["nil"])
     says(workspace.prepare(job).expect(BAD_INPUT), f"data set {DATA} has no configuration 'nil'.*default, other")
+
+
+def test_https_with_certificates_of_ones_own(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=hub", "-addext",
+                    "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"],
+                   check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Hub(context) as hub:
+        workspace = HubWorkspace(tmp_path, hub)
+        says(workspace.prepare(SSL_CERT_FILE="").expect(TRY_AGAIN), "cannot be used .*certificate")
+        workspace.prepare(SSL_CERT_FILE=certificate).expect(0)
 
 
 def test_two_jobs_at_once_download_once(workspace):

@@ -14,7 +14,6 @@
 #include "common/atomic_file.h"
 #include "common/status_macros.h"
 #include "worker/data/ffi_bytes.h"
-#include "worker/hf_ffi/hf_ffi.h"
 
 namespace simpo {
 namespace {

@@ -13,7 +13,7 @@
 namespace simpo {
 
 // Models and data sets of the Hugging Face hub, in the cache that huggingface_hub uses too. Settings come
-// from the environment: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE (docs/data.md). Errors: NOT_FOUND,
+// from the environment: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE (docs/hub.md). Errors: NOT_FOUND,
 // PERMISSION_DENIED (gated), UNAVAILABLE (network), RESOURCE_EXHAUSTED (disk), DATA_LOSS (checksum).
 
 // Who may download: one process of a machine; the others take what it left in the cache.
