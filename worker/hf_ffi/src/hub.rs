@@ -17,6 +17,7 @@ use ureq::tls::{parse_pem, PemItem, RootCerts, TlsConfig};
 use ureq::Agent;
 
 use crate::hub_transfer::{self, Problem};
+use crate::{guarded, text, SimpoBytes};
 
 /// An error with the number of its absl::StatusCode.
 pub struct Failure {
@@ -429,7 +430,7 @@ fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) {
 fn link(blob: &Path, snapshot: &Path, name: &str) -> std::io::Result<()> {
     let pointer = snapshot.join(name);
     let mut target = PathBuf::from("../..");
-    target.extend(std::iter::repeat("..").take(name.matches('/').count()));
+    target.extend(std::iter::repeat_n("..", name.matches('/').count()));
     target.push("blobs");
     target.push(blob.file_name().unwrap_or_default());
     let folder = pointer.parent().unwrap_or(snapshot);
@@ -455,4 +456,45 @@ fn replace(path: &Path, text: &str) -> Result<(), Failure> {
 fn escape(name: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.~/".contains(&b);
     name.bytes().map(|b| if plain(b) { (b as char).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+/// Answers a request about the hub with JSON (0) or with a message and the number of its status code.
+unsafe fn hub_call(
+    request: *const u8,
+    size: usize,
+    reply: *mut SimpoBytes,
+    body: fn(&Hub, &Request) -> Result<serde_json::Value, Failure>,
+) -> i32 {
+    let answer = guarded(reply, || {
+        let request = text(request, size)?;
+        Ok(Request::parse(request).and_then(|request| body(&Hub::from_env()?, &request)))
+    });
+    let (code, text) = match answer {
+        None => return INTERNAL, // guarded has written the message
+        Some(Ok(json)) => (0, json.to_string()),
+        Some(Err(failure)) => (failure.code, failure.message),
+    };
+    *reply = text.into_bytes().into();
+    code
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_hub_list(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
+    hub_call(request, size, reply, Hub::list)
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_hub_fetch(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
+    hub_call(request, size, reply, Hub::fetch)
+}
+
+/// # Safety
+/// See hf_ffi.h.
+#[no_mangle]
+pub unsafe extern "C" fn simpo_hub_conversion(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
+    hub_call(request, size, reply, Hub::conversion)
 }

@@ -77,7 +77,7 @@ pub fn check_space(folder: &Path, bytes: u64) -> Result<(), Failure> {
             return Ok(());
         }
         let space = space.assume_init();
-        space.f_bavail as u64 * space.f_frsize as u64
+        space.f_bavail * space.f_frsize
     };
     // What an earlier try left is counted as free: it is part of what is to come.
     let partial = fs::read_dir(folder.join("blobs")).into_iter().flatten().flatten();

@@ -11,7 +11,6 @@ mod hub;
 mod hub_transfer;
 
 use chat_template::ChatTemplate;
-use hub::{Failure, Hub, Request};
 use tokenizers::Tokenizer;
 
 #[repr(C)]
@@ -163,45 +162,4 @@ pub unsafe extern "C" fn simpo_template_render(
         }
         None => false,
     }
-}
-
-/// Answers a request about the hub with JSON (0) or with a message and the number of its status code.
-unsafe fn hub_call(
-    request: *const u8,
-    size: usize,
-    reply: *mut SimpoBytes,
-    body: fn(&Hub, &Request) -> Result<serde_json::Value, Failure>,
-) -> i32 {
-    let answer = guarded(reply, || {
-        let request = text(request, size)?;
-        Ok(Request::parse(request).and_then(|request| body(&Hub::from_env()?, &request)))
-    });
-    let (code, text) = match answer {
-        None => return hub::INTERNAL, // guarded has written the message
-        Some(Ok(json)) => (0, json.to_string()),
-        Some(Err(failure)) => (failure.code, failure.message),
-    };
-    *reply = text.into_bytes().into();
-    code
-}
-
-/// # Safety
-/// See hf_ffi.h.
-#[no_mangle]
-pub unsafe extern "C" fn simpo_hub_list(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
-    hub_call(request, size, reply, Hub::list)
-}
-
-/// # Safety
-/// See hf_ffi.h.
-#[no_mangle]
-pub unsafe extern "C" fn simpo_hub_fetch(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
-    hub_call(request, size, reply, Hub::fetch)
-}
-
-/// # Safety
-/// See hf_ffi.h.
-#[no_mangle]
-pub unsafe extern "C" fn simpo_hub_conversion(request: *const u8, size: usize, reply: *mut SimpoBytes) -> i32 {
-    hub_call(request, size, reply, Hub::conversion)
 }
