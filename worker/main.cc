@@ -1,10 +1,11 @@
 // simpo-worker: trains one job as one rank of an MPI world, with or without a coordinator.
 //
 //   mpirun -n 4 simpo-worker --job job.yaml [--set key=value]...
-//   simpo-worker prepare --job job.yaml      checks model and data, fills the token cache, trains nothing
+//   simpo-worker prepare --job job.yaml      downloads and checks model and data, fills the token cache
 //
 // This file alone turns errors into messages and exit codes.
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <fcntl.h>
 #include <mpi.h>
 #include <signal.h>
@@ -18,9 +19,12 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -30,10 +34,12 @@
 #include "common/atomic_file.h"
 #include "common/job_config_yaml.h"
 #include "common/log.h"
+#include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/advice.h"
 #include "worker/comm/collectives.h"
 #include "worker/coordinator_client.h"
+#include "worker/data/hub.h"
 #include "worker/data/prepare.h"
 #include "worker/data/tokenized_dataset.h"
 #include "worker/model/model_config.h"
@@ -109,33 +115,58 @@ absl::StatusOr<ParsedJob> ReadJob(const Flags& flags) {
       yaml, {.file_name = flags.job, .base_dir = absolute.parent_path().string(), .overrides = flags.overrides});
 }
 
-absl::StatusOr<fs::path> LocalFolder(const std::string& value, const char* key) {
+// The folder behind a model's name: a local one wins over a hub repository of the same name.
+absl::StatusOr<HubFiles> FindFolder(const char* key, const std::string& value,
+                                    const std::function<absl::StatusOr<HubFiles>()>& fetch) {
   std::error_code error;
-  if (fs::is_directory(value, error)) return fs::path(value);
+  if (fs::is_directory(value, error)) return HubFiles{.folder = value, .source = absl::StrCat("local folder ", value)};
   char host[256] = "";
   gethostname(host, sizeof(host) - 1);
-  return absl::NotFoundError(absl::StrCat(key, ": '", value, "' is not a folder on ", host,
-                                          ". Give the path of a folder with config.json, *.safetensors and "
-                                          "tokenizer.json; models are not downloaded."));
+  const std::string no_folder = absl::StrCat(key, ": '", value, "' is not a folder on ", host);
+  if (!IsHubId(value)) {
+    return absl::NotFoundError(absl::StrCat(no_folder,
+                                            ". Give the path of a folder with config.json, *.safetensors and "
+                                            "tokenizer.json, or a model of the hub (owner/name)."));
+  }
+  absl::StatusOr<HubFiles> files = fetch();
+  const absl::StatusCode code = files.status().code();
+  if (files.ok() || code == absl::StatusCode::kInvalidArgument) return files;
+  return absl::Status(code, absl::StrCat(no_folder, ", and from the hub: ", files.status().message()));
 }
 
-// Everything that can be checked before a communicator exists.
-absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
-  options->config = job.config;
+// Model and tokenizer as folders of this machine. Config and notes name what was found.
+absl::Status FindModel(HubAccess access, TrainOptions* options) {
   const JobConfig& config = options->config;
-  SIMPO_ASSIGN_OR_RETURN(options->model_dir, LocalFolder(config.model_name_or_path, "model_name_or_path"));
+  const std::string& name = config.model_name_or_path;
+  const std::string& tokenizer = config.tokenizer_name_or_path;
+  const auto check = [](const fs::path& dir) { return ReadModelConfig(dir).status(); };
+  SIMPO_ASSIGN_OR_RETURN(const HubFiles model, FindFolder("model_name_or_path", name, [&] {
+                           return FetchModel(name, config.model_revision, access, check);
+                         }));
+  options->model_dir = model.folder;
+  options->model_source = model.source;
+  options->data.notes = model.notes;
   options->tokenizer_dir = options->model_dir;
-  if (!config.tokenizer_name_or_path.empty()) {
-    SIMPO_ASSIGN_OR_RETURN(options->tokenizer_dir,
-                           LocalFolder(config.tokenizer_name_or_path, "tokenizer_name_or_path"));
+  if (!tokenizer.empty() && tokenizer != name) {
+    SIMPO_ASSIGN_OR_RETURN(const HubFiles found, FindFolder("tokenizer_name_or_path", tokenizer,
+                                                            [&] { return FetchTokenizer(tokenizer, "main", access); }));
+    options->tokenizer_dir = found.folder;
+    options->data.notes.push_back(absl::StrCat("tokenizer: ", found.source));
+    for (const std::string& note : found.notes) options->data.notes.push_back(note);
   }
   SIMPO_ASSIGN_OR_RETURN(options->model, ReadModelConfig(options->model_dir));
+  return absl::OkStatus();
+}
+
+// What the job file and the flags say.
+void FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
+  options->config = job.config;
+  const JobConfig& config = options->config;
   fs::path output = !flags.output_dir.empty() ? flags.output_dir : config.output_dir;
   if (output.empty()) output = fs::path("outputs") / (config.name.empty() ? "simpo" : config.name);
   options->output_dir = fs::absolute(output);
   options->resume_latest = flags.resume_latest;
   options->stop_requested = &g_stop_requested;
-  return absl::OkStatus();
 }
 
 // Whether the run goes on from a checkpoint in its own output folder.
@@ -221,15 +252,24 @@ int Fail(const absl::Status& status, int code) {
   return code;
 }
 
-absl::StatusOr<PreparedData> Prepare(const JobConfig& config) {
+// Tokenises; the notes of the model stay before those of the data.
+absl::Status Prepare(HubAccess access, TrainOptions* options) {
   auto progress = [](int64_t done, int64_t all) {
     if (EnvRank() == 0 && isatty(STDERR_FILENO))
       std::fprintf(stderr, "\rtokenised %ld of %ld rows%s", done, all, done == all ? "\n" : "");
   };
-  return PrepareData(config, CacheDir(), progress);
+  JobConfig config = options->config;
+  config.model_name_or_path = options->model_dir;
+  config.tokenizer_name_or_path = options->tokenizer_dir;
+  SIMPO_ASSIGN_OR_RETURN(PreparedData data, PrepareData(config, CacheDir(), progress, access));
+  data.notes.insert(data.notes.begin(), options->data.notes.begin(), options->data.notes.end());
+  options->data = std::move(data);
+  return absl::OkStatus();
 }
 
-void PrintPrepared(const PreparedData& data) {
+void PrintPrepared(const TrainOptions& options) {
+  const PreparedData& data = options.data;
+  std::fprintf(stderr, "model: %s\n", options.model_source.c_str());
   for (const std::string& note : data.notes) std::fprintf(stderr, "note: %s\n", note.c_str());
   std::fprintf(stderr, "chat template: %s\ntrain data:\n%s", data.chat_template_source.c_str(),
                data.train_report.ToString().c_str());
@@ -270,19 +310,20 @@ absl::Status CheckMemory(const TrainOptions& options) {
 }
 
 // The checks and the tokenising that need no other rank.
-absl::Status CheckInputs(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
-  SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+absl::Status CheckInputs(TrainOptions* options) {
+  SIMPO_RETURN_IF_ERROR(FindModel(HubAccess::kDownload, options));
   SIMPO_RETURN_IF_ERROR(CheckMemory(*options));
   SIMPO_RETURN_IF_ERROR(CheckWeights(*options));
-  SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
+  SIMPO_RETURN_IF_ERROR(Prepare(HubAccess::kDownload, options));
   return CheckTokens(*options);
 }
 
 // `simpo-worker prepare`: the checks that a gang would make, in one process.
 int RunPrepare(const Flags& flags, const ParsedJob& job) {
   TrainOptions options;
-  if (absl::Status status = CheckInputs(flags, job, &options); !status.ok()) return Fail(status, ExitCodeOf(status));
-  PrintPrepared(options.data);
+  FillOptions(flags, job, &options);
+  if (absl::Status status = CheckInputs(&options); !status.ok()) return Fail(status, ExitCodeOf(status));
+  PrintPrepared(options);
   if (!flags.dump_tokens.empty()) {
     if (absl::Status status = DumpTokens(options.data.train_cache, flags.dump_tokens); !status.ok()) {
       return Fail(status, kTryAgain);
@@ -318,18 +359,31 @@ std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOp
 // What comes before the first collective. The first rank of each machine does it before MPI starts,
 // while its neighbours wait for it there; they find the token cache filled.
 absl::Status PrepareRank(const Flags& flags, const ParsedJob& job, TrainOptions* options, bool* made_output_dir) {
+  FillOptions(flags, job, options);
   if (EnvLocalRank() != 0) {
-    SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
-    SIMPO_ASSIGN_OR_RETURN(options->data, Prepare(options->config));
-    return absl::OkStatus();
+    SIMPO_RETURN_IF_ERROR(FindModel(HubAccess::kCacheOnly, options));
+    return Prepare(HubAccess::kCacheOnly, options);
   }
-  if (EnvRank() != 0) return CheckInputs(flags, job, options);
-  SIMPO_RETURN_IF_ERROR(FillOptions(flags, job, options));
+  if (EnvRank() != 0) return CheckInputs(options);
   SIMPO_RETURN_IF_ERROR(CheckOutputDir(*options));
-  SIMPO_RETURN_IF_ERROR(CheckInputs(flags, job, options));
-  PrintPrepared(options->data);
+  SIMPO_RETURN_IF_ERROR(CheckInputs(options));
+  PrintPrepared(*options);
   if (!flags.dump_tokens.empty()) SIMPO_RETURN_IF_ERROR(DumpTokens(options->data.train_cache, flags.dump_tokens));
   return MakeOutputDir(*options, made_output_dir);
+}
+
+// Each machine has asked the hub for itself, and a repository may have changed in between.
+absl::Status CheckSameInputs(const TrainOptions& options, Collectives& comm) {
+  std::string inputs = absl::StrCat(options.model_source, "\n", options.data.train_cache.filename().string());
+  if (options.data.eval_cache) absl::StrAppend(&inputs, "\n", options.data.eval_cache->filename().string());
+  at::Tensor digests = at::zeros({comm.world_size()}, at::kLong);
+  const std::span<int64_t> of_rank(digests.data_ptr<int64_t>(), static_cast<size_t>(comm.world_size()));
+  of_rank[static_cast<size_t>(comm.rank())] = std::stoll(Sha256(inputs).substr(0, 15), nullptr, 16);
+  comm.AllReduce(digests);
+  if (std::set<int64_t>(of_rank.begin(), of_rank.end()).size() == 1) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat("the ranks have read different models or data; rank ", comm.rank(), " has ", options.model_source,
+                   ". If a repository of the hub has just changed, start again, or set model_revision to a commit"));
 }
 
 // Every rank returns the same outcome.
@@ -341,6 +395,7 @@ absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, 
   }
   *client = StartClient(flags, options, comm.world_size());
   options.coordinator = client->get();
+  SIMPO_RETURN_IF_ERROR(CheckSameInputs(options, comm));
   return Train(options, comm);
 }
 
@@ -406,7 +461,8 @@ int Main(int argc, char** argv) {
   app.add_option("--dump-tokens", flags.dump_tokens,
                  "Also write the train split's token ids to this file (JSON lines)");
   app.set_version_flag("--version", "simpo-worker " SIMPO_VERSION);
-  CLI::App* prepare = app.add_subcommand("prepare", "Check model and data and fill the token cache; train nothing");
+  CLI::App* prepare =
+      app.add_subcommand("prepare", "Download and check model and data, fill the token cache; train nothing");
   prepare->fallthrough();  // --job may stand after the command too
   try {
     app.parse(argc, argv);

@@ -60,6 +60,7 @@ Json FilesOf(const fs::path& folder) {
 
 Json ModelFacts(const TrainOptions& options) {
   return {{"path", options.model_dir.string()},
+          {"source", options.model_source},
           {"model_type", options.model.model_type},
           {"parameters", options.model.NumParameters()},
           {"files", FilesOf(options.model_dir)}};

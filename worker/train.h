@@ -19,6 +19,7 @@ struct TrainOptions {
   JobConfig config;
   std::filesystem::path output_dir;     // absolute
   std::filesystem::path model_dir;      // HF folder
+  std::string model_source;             // the folder, or "owner/name, revision main, commit ..." of the hub
   std::filesystem::path tokenizer_dir;  // HF folder
   ModelConfig model;
   PreparedData data;

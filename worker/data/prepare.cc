@@ -84,15 +84,41 @@ SplitNames NamesOfSplits(const std::vector<std::string>& splits) {
   return names;
 }
 
+// Where the sources of a mixer come from, other than from paths.
+struct Sources {
+  HubAccess hub_access;
+  std::vector<std::string>& notes;
+};
+
+// A path wins over a hub id of the same name.
+absl::StatusOr<std::vector<fs::path>> FindSourceFiles(const std::string& source, const SplitQuery& query,
+                                                      const Sources& sources) {
+  std::error_code error;
+  if (fs::exists(source, error) || !IsHubId(source)) return FindSplitFiles(source, query);
+  absl::StatusOr<HubFiles> found =
+      FetchSplit(source, query.config, query.split, /*required=*/query.unnamed, sources.hub_access);
+  if (!found.ok()) {
+    return absl::Status(found.status().code(), absl::StrCat("dataset '", source,
+                                                            "' is neither a file nor a folder here, "
+                                                            "and from the hub: ",
+                                                            found.status().message()));
+  }
+  if (!found->files.empty()) {
+    sources.notes.push_back(absl::StrCat("data set ", found->source, ": split ", query.split));
+    for (const std::string& note : found->notes) sources.notes.push_back(note);
+  }
+  return found->files;
+}
+
 // Every source must have the split when it is `required`. `whole` leaves the fractions out.
 absl::StatusOr<Split> FindSplit(const JobConfig& config, const std::vector<std::pair<std::string, double>>& mixer,
-                                const std::string& name, bool required, bool whole) {
+                                const std::string& name, bool required, bool whole, const Sources& sources) {
   Split split;
   for (size_t i = 0; i < mixer.size(); ++i) {
     const auto& [source, fraction] = mixer[i];
     SIMPO_ASSIGN_OR_RETURN(const std::string folder, ConfigOf(config, i, mixer.size()));
     SIMPO_ASSIGN_OR_RETURN(std::vector<fs::path> files,
-                           FindSplitFiles(source, {.split = name, .config = folder, .unnamed = required}));
+                           FindSourceFiles(source, {.split = name, .config = folder, .unnamed = required}, sources));
     if (!files.empty()) {
       split.push_back({std::move(files), whole ? 1.0 : fraction});
     } else if (required) {
@@ -434,22 +460,24 @@ absl::Status WriteDataReport(const PreparedData& data, const fs::path& output_di
                              json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
-absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress) {
+absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress,
+                                         HubAccess hub_access) {
   std::error_code error;
   fs::create_directories(cache_dir, error);
   if (error)
     return absl::UnavailableError(absl::StrCat("cannot make the cache folder ", cache_dir.string(), ": ",
                                                error.message(), " (SIMPO_CACHE_DIR names another)"));
+  PreparedData data;
+  const Sources sources{hub_access, data.notes};
   const SplitNames names = NamesOfSplits(config.dataset_splits);
-  SIMPO_ASSIGN_OR_RETURN(const Split train,
-                         FindSplit(config, config.dataset_mixer, names.train, /*required=*/true, /*whole=*/false));
+  SIMPO_ASSIGN_OR_RETURN(const Split train, FindSplit(config, config.dataset_mixer, names.train, /*required=*/true,
+                                                      /*whole=*/false, sources));
   const bool own_eval = !config.eval_dataset_mixer.empty();
   // Test splits are taken whole, so that runs stay comparable.
   SIMPO_ASSIGN_OR_RETURN(const Split eval,
                          FindSplit(config, own_eval ? config.eval_dataset_mixer : config.dataset_mixer, names.eval,
-                                   /*required=*/own_eval, /*whole=*/!own_eval));
+                                   /*required=*/own_eval, /*whole=*/!own_eval, sources));
   SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config));
-  PreparedData data;
   if (rules.tokenize.max_prompt_length != config.max_prompt_length) {
     data.notes.push_back(absl::StrCat("max_prompt_length is not given: ", rules.tokenize.max_prompt_length,
                                       ", as in the paper's trainer (compat: princeton)"));

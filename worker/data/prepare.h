@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "common/job_config.h"
+#include "worker/data/hub.h"
 
 namespace simpo {
 
@@ -49,9 +50,12 @@ absl::Status WriteDataReport(const PreparedData& data, const std::filesystem::pa
 // into `cache_dir`, under names that hash the data, tokenizer, template and rules: a second call
 // with the same inputs finds the files and does nothing. One process at a time works on a cache
 // entry (file lock). `progress` (may be empty) is told of rows done and rows in all.
-// Errors: INVALID_ARGUMENT for bad rows and templates (file and line number), NOT_FOUND for files.
+// Model and tokenizer are folders here; data sets that are no paths come from the hub.
+// Errors: INVALID_ARGUMENT for bad rows and templates (file and line number), NOT_FOUND for files, those of
+// hub.h for data sets of the hub.
 absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const std::filesystem::path& cache_dir,
-                                         const std::function<void(int64_t, int64_t)>& progress);
+                                         const std::function<void(int64_t, int64_t)>& progress,
+                                         HubAccess hub_access = HubAccess::kDownload);
 
 }  // namespace simpo
 

@@ -1,8 +1,8 @@
 #ifndef SIMPO_WORKER_HF_FFI_HF_FFI_H_
 #define SIMPO_WORKER_HF_FFI_HF_FFI_H_
 
-// The C interface of the Rust crate beside this file: Hugging Face's tokenizers, a Jinja engine and a
-// Parquet reader. worker/data wraps it; nothing else includes it. No call lets a panic out: a panic is an
+// The C interface of the Rust crate beside this file: Hugging Face's tokenizers, a Jinja engine, a Parquet
+// reader and the hub. worker/data wraps it; nothing else includes it. No call lets a panic out: a panic is an
 // error like any other. Objects may be used by several threads at once unless said otherwise.
 
 #include <cstddef>
@@ -29,6 +29,19 @@ struct SimpoIds {
 
 void simpo_bytes_free(SimpoBytes bytes);
 void simpo_ids_free(SimpoIds ids);
+
+// The hub, with the settings of the environment (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE ...).
+// Each call takes a JSON object {"kind": "model" | "dataset", "repo": "owner/name", "revision": "main",
+// "cache_only": false} and returns 0 and a JSON object, or the number of an absl::StatusCode and a message.
+//
+// {"commit", "folder", "files"}: what the revision holds, and its folder in the cache. Where the cache has
+// to answer, "why_cached" says why, "present" is what it has, and "files" is that too unless it knows more.
+int simpo_hub_list(const uint8_t* request, size_t size, SimpoBytes* reply);
+// With "commit" and "files" in the request: brings these files into the folder.
+int simpo_hub_fetch(const uint8_t* request, size_t size, SimpoBytes* reply);
+// {"revision": "refs/pr/N"}: the hub's own conversion of a model to safetensors. Without one {}, or
+// {"closed": "refs/pr/N"} where the owners have closed it.
+int simpo_hub_conversion(const uint8_t* request, size_t size, SimpoBytes* reply);
 
 // From the text of a tokenizer.json. NULL: `error` says why.
 SimpoTokenizer* simpo_tokenizer_new(const uint8_t* json, size_t size, SimpoBytes* error);

@@ -1,4 +1,4 @@
-//! Hugging Face's tokenizers, a Jinja engine and a Parquet reader behind the C interface of hf_ffi.h.
+//! Hugging Face's tokenizers, a Jinja engine, a Parquet reader and the Hugging Face hub behind the C interface of hf_ffi.h.
 //!
 //! Every function catches panics and turns them into errors; pointers that C++ passes are valid for
 //! the call, as the header says.
@@ -7,6 +7,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::slice;
 
 mod chat_template;
+mod hub;
+mod hub_transfer;
 mod parquet;
 
 use chat_template::ChatTemplate;
