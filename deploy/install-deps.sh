@@ -44,7 +44,7 @@ packages=(
   libgtest-dev libgmock-dev libjemalloc-dev zlib1g-dev
   prometheus
 )
-[ $with_lint = 1 ] && packages+=(clang-format clang-tidy clang-14)
+[ $with_lint = 1 ] && packages+=(clang-format clang-tidy clang-14 libclang-rt-14-dev)
 [ $with_parity = 1 ] && { command -v npm >/dev/null || packages+=(npm); }
 command -v cargo >/dev/null || [ -x "$HOME/.cargo/bin/cargo" ] || packages+=(cargo-web rustc-web)
 

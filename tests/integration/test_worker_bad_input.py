@@ -62,8 +62,20 @@ def missing_data(workspace):
 
 
 def data_of_another_form(workspace):
-    path = workspace.folder / "train.csv"
+    path = workspace.folder / "train.xlsx"
     path.write_text("prompt,chosen,rejected\n")
+    return {"dataset_mixer": {str(path): 1.0}}
+
+
+def parquet_cut_off(workspace):
+    path = workspace.folder / "train.parquet"
+    path.write_bytes(b"PAR1" + bytes(100))
+    return {"dataset_mixer": {str(path): 1.0}}
+
+
+def csv_with_a_quote_left_open(workspace):
+    path = workspace.folder / "train.csv"
+    path.write_text('prompt,chosen,rejected\n"a,b,c\n')
     return {"dataset_mixer": {str(path): 1.0}}
 
 
@@ -180,7 +192,9 @@ CASES = [
     (no_model, BAD_JOB, r"job\.yaml: model_name_or_path: required"),
     (missing_model, BAD_INPUT, r"model_name_or_path: '{folder}/nowhere' is not a folder on .*Give the path"),
     (missing_data, BAD_INPUT, r"'{folder}/nowhere\.jsonl' is neither a file nor a folder on .*Give the path"),
-    (data_of_another_form, BAD_INPUT, r"{folder}/train\.csv: only JSON Lines.*convert it"),
+    (data_of_another_form, BAD_INPUT, r"{folder}/train\.xlsx: data files are .*\.parquet.*convert it"),
+    (parquet_cut_off, BAD_INPUT, r"{folder}/train\.parquet: not a whole Parquet file"),
+    (csv_with_a_quote_left_open, BAD_INPUT, r"{folder}/train\.csv:2: the file ends within quotes"),
     (row_without_chosen, BAD_INPUT, r"{folder}/train\.jsonl:3: the row has no chosen"),
     (row_of_broken_utf8, BAD_INPUT, r"{folder}/train\.jsonl:5: the text is not UTF-8"),
     (row_of_broken_json, BAD_INPUT, r"{folder}/train\.jsonl:7: not valid JSON"),

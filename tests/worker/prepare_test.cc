@@ -14,6 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 using testing::AllOf;
+using testing::AnyOf;
 using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::Pair;
@@ -250,6 +251,31 @@ TEST_F(Prepare, MistakesNameTheirPlace) {
   EXPECT_THAT(Error(), AllOf(HasSubstr("train.jsonl:1"), HasSubstr("not this one")));
   config_.chat_template = "{% if %}";
   EXPECT_THAT(Error(), AllOf(HasSubstr("chat template of the job file"), HasSubstr("line 1")));
+}
+
+// Files of strangers: an error that names the place, whatever they do.
+TEST_F(Prepare, HostileFilesEndInAnError) {
+  WriteText(
+      dir_ / "data/train.jsonl",
+      R"({"prompt": "Q", "chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]})");
+  config_.chat_template = "{{ " + std::string(200000, '(') + "1" + std::string(200000, ')') + " }}";
+  EXPECT_THAT(Error(), AnyOf(HasSubstr("chat template of the job file"), HasSubstr("train.jsonl:1: ")));
+  config_.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+  EXPECT_THAT(Error(), HasSubstr("train.jsonl:1: "));
+  config_.chat_template = "";
+  const fs::path good = config_.model_name_or_path;
+  config_.model_name_or_path = (dir_ / "model").string();
+  fs::create_directory(dir_ / "model");
+  const std::string tokenizer = ReadText(good / "tokenizer.json");
+  for (const std::string& text :
+       {tokenizer.substr(0, tokenizer.size() / 2), std::string(1 << 20, '['), std::string(1 << 20, '\0'),
+        R"({"version": "1.0", "model": )" + std::string(100000, '[') + std::string(100000, ']') + "}"}) {
+    WriteText(dir_ / "model/tokenizer.json", text);
+    EXPECT_THAT(Error(), HasSubstr("tokenizer.json: "));
+  }
+  config_.model_name_or_path = good.string();
+  WriteText(dir_ / "data/train.jsonl", Rows(3) + "{\"chosen\": " + std::string(1 << 20, '[') + "\n");
+  EXPECT_THAT(Error(), HasSubstr("train.jsonl:4: "));
 }
 
 TEST(TokenizedDataset, ReadsBackWhatWasWritten) {

@@ -1,5 +1,6 @@
 #include "worker/data/prepare.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -19,6 +20,7 @@
 #include "common/atomic_file.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
+#include "worker/data/isolated.h"
 #include "worker/data/preference_dataset.h"
 #include "worker/data/row_files.h"
 #include "worker/data/tokenize_pairs.h"
@@ -36,6 +38,8 @@ constexpr int kRulesVersion = 2;
 constexpr size_t kBatchRows = 4096;
 constexpr size_t kBatchBytes = 256 << 20;
 constexpr size_t kListedRows = 20;
+constexpr int64_t kBaseMemory = int64_t{4} << 30;
+constexpr int64_t kMemoryPerByte = 100;
 
 // The files of one split and how much of each source is taken.
 struct SplitSource {
@@ -46,8 +50,12 @@ using Split = std::vector<SplitSource>;
 
 class FileLock {
  public:
-  explicit FileLock(const fs::path& path) : fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
-    if (fd_ >= 0) flock(fd_, LOCK_EX);
+  // Another job may hold it for long; waiting is no stall.
+  FileLock(const fs::path& path, BusyWith& busy) : fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
+    while (fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) != 0 && (errno == EWOULDBLOCK || errno == EINTR)) {
+      busy.Set(path.string());
+      usleep(50'000);
+    }
   }
   ~FileLock() {
     if (fd_ >= 0) close(fd_);
@@ -147,78 +155,6 @@ void ParallelFor(size_t count, int threads, const std::function<void(size_t)>& w
   for (std::thread& thread : pool) thread.join();
 }
 
-LengthSummary Summarize(std::vector<int64_t> lengths) {
-  if (lengths.empty()) return {};
-  std::sort(lengths.begin(), lengths.end());
-  // The smallest length that this share of all pairs does not exceed.
-  auto percentile = [&](size_t percent) { return lengths[(lengths.size() * percent + 99) / 100 - 1]; };
-  double sum = 0;
-  for (const int64_t length : lengths) sum += static_cast<double>(length);
-  return {.mean = sum / static_cast<double>(lengths.size()),
-          .p50 = percentile(50),
-          .p90 = percentile(90),
-          .p99 = percentile(99),
-          .longest = lengths.back()};
-}
-
-// Fills in what is counted over the pairs that were kept.
-void MeasurePairs(const std::vector<OwnedPair>& pairs, DataReport* report) {
-  report->pairs = static_cast<int64_t>(pairs.size());
-  std::vector<int64_t> prompt, chosen, rejected, longer;
-  double shared = 0;
-  double total = 0;
-  for (const OwnedPair& pair : pairs) {
-    const auto chosen_size = static_cast<int64_t>(pair.chosen.size());
-    const auto rejected_size = static_cast<int64_t>(pair.rejected.size());
-    report->truncated += pair.truncated ? 1 : 0;
-    prompt.push_back(pair.chosen_prompt_length);
-    chosen.push_back(chosen_size - pair.chosen_prompt_length);
-    rejected.push_back(rejected_size - pair.rejected_prompt_length);
-    longer.push_back(std::max(chosen_size, rejected_size));
-    shared += TokenizedPair{.chosen = pair.chosen, .rejected = pair.rejected}.SharedPrefixLength();
-    total += static_cast<double>(chosen_size + rejected_size);
-  }
-  report->prompt = Summarize(std::move(prompt));
-  report->chosen = Summarize(std::move(chosen));
-  report->rejected = Summarize(std::move(rejected));
-  report->longer_sequence = Summarize(std::move(longer));
-  report->shared_prefix_share = total > 0 ? 2 * shared / total : 0;
-}
-
-Json ToJson(const LengthSummary& s) {
-  return {{"mean", s.mean}, {"p50", s.p50}, {"p90", s.p90}, {"p99", s.p99}, {"longest", s.longest}};
-}
-
-LengthSummary SummaryFromJson(const Json& json) {
-  return {.mean = json["mean"], .p50 = json["p50"], .p90 = json["p90"], .p99 = json["p99"], .longest = json["longest"]};
-}
-
-Json ToJson(const DataReport& r) {
-  return {{"rows", r.rows},
-          {"pairs", r.pairs},
-          {"dropped", r.dropped},
-          {"truncated", r.truncated},
-          {"ties", r.ties},
-          {"prompt_tokens", ToJson(r.prompt)},
-          {"chosen_tokens", ToJson(r.chosen)},
-          {"rejected_tokens", ToJson(r.rejected)},
-          {"longer_sequence_tokens", ToJson(r.longer_sequence)},
-          {"shared_prefix_share", r.shared_prefix_share}};
-}
-
-DataReport ReportFromJson(const Json& json) {
-  return {.rows = json["rows"],
-          .pairs = json["pairs"],
-          .dropped = json["dropped"].get<std::map<std::string, int64_t>>(),
-          .truncated = json["truncated"],
-          .ties = json["ties"],
-          .prompt = SummaryFromJson(json["prompt_tokens"]),
-          .chosen = SummaryFromJson(json["chosen_tokens"]),
-          .rejected = SummaryFromJson(json["rejected_tokens"]),
-          .longer_sequence = SummaryFromJson(json["longer_sequence_tokens"]),
-          .shared_prefix_share = json["shared_prefix_share"]};
-}
-
 // What a split's tokens depend on.
 absl::StatusOr<std::string> CacheKey(const Split& split, const Tokenizer& tokenizer, const std::string& chat_template,
                                      const TokenizeRules& rules) {
@@ -242,6 +178,7 @@ struct Rules {
   std::string template_source;
   TokenizeRules tokenize;
   int threads = 1;
+  BusyWith* busy = nullptr;
 };
 
 // Reads the rows of a split in batches and tokenises each batch on several threads.
@@ -254,6 +191,7 @@ class SplitTokenizer {
     for (const SplitSource& source : split) {
       int64_t rows = 0;
       for (const fs::path& file : source.files) {
+        rules_.busy->Set(file.string());
         SIMPO_ASSIGN_OR_RETURN(const int64_t more, CountRows(file));
         rows += more;
       }
@@ -262,7 +200,7 @@ class SplitTokenizer {
       total_ += wanted.back();
     }
     for (size_t i = 0; i < split.size(); ++i) SIMPO_RETURN_IF_ERROR(ReadSource(split[i], wanted[i]));
-    MeasurePairs(pairs_, &report_);
+    report_.Measure(pairs_);
     return absl::OkStatus();
   }
 
@@ -278,6 +216,7 @@ class SplitTokenizer {
       const absl::Status read = ReadRows(file, [&](std::string_view json, const std::string& where) {
         batch_.push_back({std::string(json), where});
         batch_bytes_ += json.size();
+        rules_.busy->Set(where);
         if (batch_.size() == kBatchRows || batch_bytes_ > kBatchBytes) failure = TokenizeBatch();
         return --wanted > 0 && failure.ok();
       });
@@ -291,6 +230,7 @@ class SplitTokenizer {
   absl::Status TokenizeBatch() {
     std::vector<absl::StatusOr<PreferenceRow>> rows(batch_.size(), absl::UnknownError(""));
     ParallelFor(batch_.size(), rules_.threads, [&](size_t i) {
+      rules_.busy->Set(batch_[i].where);
       rows[i] = ParsePreferenceRow(batch_[i].json);
       if (rows[i].ok()) rows[i]->where = batch_[i].where;
       batch_[i].json.clear();
@@ -298,6 +238,7 @@ class SplitTokenizer {
     SIMPO_RETURN_IF_ERROR(ParseTemplate(rows));
     std::vector<absl::StatusOr<TokenizedRow>> results(batch_.size(), absl::UnknownError(""));
     ParallelFor(rows.size(), rules_.threads, [&](size_t i) {
+      rules_.busy->Set(batch_[i].where);
       if (!rows[i].ok()) {
         results[i] = absl::InvalidArgumentError(absl::StrCat(batch_[i].where, ": ", rows[i].status().message()));
       } else {
@@ -371,7 +312,7 @@ absl::StatusOr<fs::path> PrepareSplit(const Split& split, const Rules& rules, co
   SIMPO_ASSIGN_OR_RETURN(const std::string key, CacheKey(split, *rules.tokenizer, rules.template_text, rules.tokenize));
   const fs::path tokens = cache_dir / (key + ".tokens");
   const fs::path facts = cache_dir / (key + ".json");
-  const FileLock lock(cache_dir / (key + ".lock"));
+  const FileLock lock(cache_dir / (key + ".lock"), *rules.busy);
   if (fs::exists(tokens) && fs::exists(facts)) {
     SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadFile(facts, 1 << 20));
     const Json json = Json::parse(text, nullptr, false);
@@ -401,10 +342,12 @@ std::string ModelType(const fs::path& model_dir) {
   return config.is_object() ? config.value("model_type", "") : "";
 }
 
-absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
+absl::StatusOr<Rules> MakeRules(const JobConfig& config, BusyWith* busy) {
   Rules rules;
+  rules.busy = busy;
   const fs::path dir =
       config.tokenizer_name_or_path.empty() ? config.model_name_or_path : config.tokenizer_name_or_path;
+  busy->Set((dir / "tokenizer.json").string());
   SIMPO_ASSIGN_OR_RETURN(rules.tokenizer, Tokenizer::Load(dir));
   std::error_code error;
   const bool their_mistral = config.compat == "princeton" &&
@@ -434,23 +377,6 @@ absl::StatusOr<Rules> MakeRules(const JobConfig& config) {
 
 }  // namespace
 
-std::string DataReport::ToString() const {
-  std::string text = absl::StrFormat("  %d rows, %d pairs", rows, pairs);
-  for (const auto& [reason, count] : dropped) absl::StrAppend(&text, ", ", count, " dropped (", reason, ")");
-  absl::StrAppend(&text, absl::StrFormat(", %d truncated", truncated));
-  if (ties > 0) absl::StrAppend(&text, absl::StrFormat(", %d with equal scores", ties));
-  absl::StrAppend(&text, "\n  tokens (mean; 50%, 90%, 99% of the pairs have at most; longest): ");
-  const std::pair<const char*, const LengthSummary*> parts[] = {
-      {"prompt", &prompt}, {"chosen", &chosen}, {"rejected", &rejected}, {"longer sequence", &longer_sequence}};
-  for (const auto& [name, s] : parts) {
-    absl::StrAppend(&text, absl::StrFormat("%s %.1f; %d, %d, %d; %d%s", name, s->mean, s->p50, s->p90, s->p99,
-                                           s->longest, s == &longer_sequence ? "" : " | "));
-  }
-  absl::StrAppend(&text, absl::StrFormat("\n  %.0f%% of all tokens are in prefixes that both responses share\n",
-                                         100 * shared_prefix_share));
-  return text;
-}
-
 absl::Status WriteDataReport(const PreparedData& data, const fs::path& output_dir) {
   Json json = {{"train", ToJson(data.train_report)}};
   if (data.eval_report) json["evaluation"] = ToJson(*data.eval_report);
@@ -460,6 +386,96 @@ absl::Status WriteDataReport(const PreparedData& data, const fs::path& output_di
                              json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
+namespace {
+
+// Where the rows come from, and what was said when they were found.
+struct Splits {
+  SplitNames names;
+  Split train, eval;
+  std::vector<std::string> notes;
+};
+
+absl::StatusOr<Splits> FindSplits(const JobConfig& config, HubAccess hub_access) {
+  Splits splits{.names = NamesOfSplits(config.dataset_splits), .train = {}, .eval = {}, .notes = {}};
+  const Sources sources{hub_access, splits.notes};
+  SIMPO_ASSIGN_OR_RETURN(splits.train, FindSplit(config, config.dataset_mixer, splits.names.train, /*required=*/true,
+                                                 /*whole=*/false, sources));
+  const bool own_eval = !config.eval_dataset_mixer.empty();
+  // Test splits are taken whole, so that runs stay comparable.
+  SIMPO_ASSIGN_OR_RETURN(
+      splits.eval, FindSplit(config, own_eval ? config.eval_dataset_mixer : config.dataset_mixer, splits.names.eval,
+                             /*required=*/own_eval, /*whole=*/!own_eval, sources));
+  return splits;
+}
+
+// Reads the tokenizer and prepares each split.
+absl::StatusOr<PreparedData> PrepareHere(const JobConfig& config, const Splits& splits, const fs::path& cache_dir,
+                                         const Progress& progress, BusyWith* busy) {
+  SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config, busy));
+  PreparedData data;
+  data.notes = splits.notes;
+  if (rules.tokenize.max_prompt_length != config.max_prompt_length) {
+    data.notes.push_back(absl::StrCat("max_prompt_length is not given: ", rules.tokenize.max_prompt_length,
+                                      ", as in the paper's trainer (compat: princeton)"));
+  }
+  bool conversational = false;
+  SIMPO_ASSIGN_OR_RETURN(data.train_cache,
+                         PrepareSplit(splits.train, rules, cache_dir, progress, &data.train_report, &conversational));
+  if (splits.eval.empty()) {
+    if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", splits.names.eval));
+  } else {
+    DataReport report;
+    bool eval_conversational = false;
+    SIMPO_ASSIGN_OR_RETURN(data.eval_cache,
+                           PrepareSplit(splits.eval, rules, cache_dir, progress, &report, &eval_conversational));
+    data.eval_report = report;
+    conversational |= eval_conversational;
+  }
+  data.chat_template = conversational ? rules.template_text : "";
+  data.chat_template_source = conversational ? rules.template_source : "none: the rows are plain texts";
+  return data;
+}
+
+Json ToJson(const PreparedData& data) {
+  Json json = {{"train_cache", data.train_cache.string()}, {"train_report", ToJson(data.train_report)}};
+  if (data.eval_cache) json["eval_cache"] = data.eval_cache->string();
+  if (data.eval_report) json["eval_report"] = ToJson(*data.eval_report);
+  json["chat_template"] = data.chat_template;
+  json["chat_template_source"] = data.chat_template_source;
+  json["notes"] = data.notes;
+  return json;
+}
+
+PreparedData PreparedFromJson(const Json& json) {
+  PreparedData data{.train_cache = json["train_cache"].get<std::string>(),
+                    .eval_cache = std::nullopt,
+                    .train_report = ReportFromJson(json["train_report"]),
+                    .eval_report = std::nullopt,
+                    .chat_template = json["chat_template"],
+                    .chat_template_source = json["chat_template_source"],
+                    .notes = json["notes"]};
+  if (json.contains("eval_cache")) data.eval_cache = json["eval_cache"].get<std::string>();
+  if (json.contains("eval_report")) data.eval_report = ReportFromJson(json["eval_report"]);
+  return data;
+}
+
+// More than any honest data of its size takes, compressed or not.
+IsolationLimits LimitsFor(const Splits& splits) {
+  int64_t bytes = 0;
+  std::error_code error;
+  for (const Split* split : {&splits.train, &splits.eval}) {
+    for (const SplitSource& source : *split) {
+      for (const fs::path& file : source.files) {
+        const auto size = static_cast<int64_t>(fs::file_size(file, error));
+        if (!error) bytes += size;
+      }
+    }
+  }
+  return {.memory_bytes = kBaseMemory + kMemoryPerByte * bytes};
+}
+
+}  // namespace
+
 absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path& cache_dir, const Progress& progress,
                                          HubAccess hub_access) {
   std::error_code error;
@@ -467,37 +483,13 @@ absl::StatusOr<PreparedData> PrepareData(const JobConfig& config, const fs::path
   if (error)
     return absl::UnavailableError(absl::StrCat("cannot make the cache folder ", cache_dir.string(), ": ",
                                                error.message(), " (SIMPO_CACHE_DIR names another)"));
-  PreparedData data;
-  const Sources sources{hub_access, data.notes};
-  const SplitNames names = NamesOfSplits(config.dataset_splits);
-  SIMPO_ASSIGN_OR_RETURN(const Split train, FindSplit(config, config.dataset_mixer, names.train, /*required=*/true,
-                                                      /*whole=*/false, sources));
-  const bool own_eval = !config.eval_dataset_mixer.empty();
-  // Test splits are taken whole, so that runs stay comparable.
-  SIMPO_ASSIGN_OR_RETURN(const Split eval,
-                         FindSplit(config, own_eval ? config.eval_dataset_mixer : config.dataset_mixer, names.eval,
-                                   /*required=*/own_eval, /*whole=*/!own_eval, sources));
-  SIMPO_ASSIGN_OR_RETURN(const Rules rules, MakeRules(config));
-  if (rules.tokenize.max_prompt_length != config.max_prompt_length) {
-    data.notes.push_back(absl::StrCat("max_prompt_length is not given: ", rules.tokenize.max_prompt_length,
-                                      ", as in the paper's trainer (compat: princeton)"));
-  }
-  bool conversational = false;
-  SIMPO_ASSIGN_OR_RETURN(data.train_cache,
-                         PrepareSplit(train, rules, cache_dir, progress, &data.train_report, &conversational));
-  if (eval.empty()) {
-    if (config.do_eval) data.notes.push_back(absl::StrCat("no evaluation: the data has no split ", names.eval));
-  } else {
-    DataReport report;
-    bool eval_conversational = false;
-    SIMPO_ASSIGN_OR_RETURN(data.eval_cache,
-                           PrepareSplit(eval, rules, cache_dir, progress, &report, &eval_conversational));
-    data.eval_report = report;
-    conversational |= eval_conversational;
-  }
-  data.chat_template = conversational ? rules.template_text : "";
-  data.chat_template_source = conversational ? rules.template_source : "none: the rows are plain texts";
-  return data;
+  SIMPO_ASSIGN_OR_RETURN(const Splits splits, FindSplits(config, hub_access));
+  SIMPO_ASSIGN_OR_RETURN(
+      const std::string answer, RunIsolated(LimitsFor(splits), [&](BusyWith& busy) -> absl::StatusOr<std::string> {
+        SIMPO_ASSIGN_OR_RETURN(const PreparedData data, PrepareHere(config, splits, cache_dir, progress, &busy));
+        return ToJson(data).dump(-1, ' ', false, Json::error_handler_t::replace);
+      }));
+  return PreparedFromJson(Json::parse(answer));
 }
 
 }  // namespace simpo

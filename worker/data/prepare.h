@@ -3,34 +3,16 @@
 
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "common/job_config.h"
+#include "worker/data/data_report.h"
 #include "worker/data/hub.h"
 
 namespace simpo {
-
-// Lengths in tokens over the pairs of a split.
-struct LengthSummary {
-  double mean = 0;
-  int64_t p50 = 0, p90 = 0, p99 = 0, longest = 0;
-};
-
-// What happened to the rows of one split.
-struct DataReport {
-  int64_t rows = 0;
-  int64_t pairs = 0;                       // kept
-  std::map<std::string, int64_t> dropped;  // reason -> rows
-  int64_t truncated = 0;
-  int64_t ties = 0;                                         // pairs whose two scores are equal, dropped or not
-  LengthSummary prompt, chosen, rejected, longer_sequence;  // the longer of a pair's two sequences
-  double shared_prefix_share = 0;                           // common prefix tokens / all tokens of both sequences
-  std::string ToString() const;                             // a few lines for a log
-};
 
 // The result of preparing a job: files that every rank maps, and facts about the tokenizer.
 struct PreparedData {
@@ -49,7 +31,8 @@ absl::Status WriteDataReport(const PreparedData& data, const std::filesystem::pa
 // Reads, checks and tokenises the job's data with its tokenizer and chat template, in parallel,
 // into `cache_dir`, under names that hash the data, tokenizer, template and rules: a second call
 // with the same inputs finds the files and does nothing. One process at a time works on a cache
-// entry (file lock). `progress` (may be empty) is told of rows done and rows in all.
+// entry (file lock). Files are read in a child process of bounded memory, so that a hostile one ends in an
+// error. `progress` (may be empty) is told there of rows done and rows in all.
 // Model and tokenizer are folders here; data sets that are no paths come from the hub.
 // Errors: INVALID_ARGUMENT for bad rows and templates (file and line number), NOT_FOUND for files, those of
 // hub.h for data sets of the hub.

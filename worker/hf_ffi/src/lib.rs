@@ -39,12 +39,16 @@ pub struct SimpoIds {
 
 /// Runs `body`; an error or a panic is written to `error` and gives None.
 unsafe fn guarded<T>(error: *mut SimpoBytes, body: impl FnOnce() -> Result<T, String>) -> Option<T> {
+    // A panic is told once, by whoever gets the error.
+    static QUIET: std::sync::Once = std::sync::Once::new();
+    QUIET.call_once(|| std::panic::set_hook(Box::new(|_| {})));
     let message = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => return Some(value),
         Ok(Err(message)) => message,
-        Err(panic) => match panic.downcast_ref::<String>() {
-            Some(text) => format!("internal error: {text}"),
-            None => "internal error".to_string(),
+        Err(panic) => match (panic.downcast_ref::<String>(), panic.downcast_ref::<&str>()) {
+            (Some(text), _) => format!("internal error: {text}"),
+            (_, Some(text)) => format!("internal error: {text}"),
+            _ => "internal error".to_string(),
         },
     };
     *error = message.into_bytes().into();

@@ -1,0 +1,11 @@
+// A chat template of a stranger, and a conversation through it.
+#include "worker/data/chat_template.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const auto chat_template = simpo::ChatTemplate::Parse({reinterpret_cast<const char*>(data), size});
+  if (!chat_template.ok()) return 0;
+  const std::vector<simpo::Message> messages = {{"system", "S"}, {"user", "Q \xc3\xa9"}, {"assistant", "A"}};
+  const auto text = (*chat_template)->Render(messages, true, "<s>", "</s>");
+  if (!text.ok() && text.status().message().empty()) __builtin_trap();
+  return 0;
+}
