@@ -33,7 +33,7 @@ TEST(HubId, IsOwnerSlashName) {
   }
 }
 
-TEST(SplitFiles, AreThoseWithTheSplitsName) {
+TEST(HubSplitFiles, AreThoseWithTheSplitsName) {
   const Names files = {"README.md",
                        "data/train-00000-of-00002.parquet",
                        "data/train-00001-of-00002.parquet",
@@ -45,13 +45,13 @@ TEST(SplitFiles, AreThoseWithTheSplitsName) {
   EXPECT_THAT(Split(files, "# no front matter", "", "validation"), IsEmpty());
 }
 
-TEST(SplitFiles, OfSeveralFormsOneIsTaken) {
+TEST(HubSplitFiles, OfSeveralFormsOneIsTaken) {
   EXPECT_THAT(Split({"train.csv", "train.jsonl", "train.parquet"}, "", "", "train"), ElementsAre("train.parquet"));
   EXPECT_THAT(Split({"train.csv", "train.jsonl"}, "", "", "train"), ElementsAre("train.jsonl"));
   EXPECT_THAT(Split({"train.json", "train.jsonl.gz"}, "", "", "train"), ElementsAre("train.jsonl.gz"));
 }
 
-TEST(SplitFiles, FoldersOfAConfigurationAndOfASplit) {
+TEST(HubSplitFiles, FoldersOfAConfigurationAndOfASplit) {
   const Names files = {"main/train/0000.parquet", "main/train/0001.parquet", "other/train/0000.parquet",
                        "data/third/train-0.jsonl", "train/x.parquet"};
   EXPECT_THAT(Split(files, "", "main", "train"), ElementsAre(files[0], files[1]));
@@ -60,14 +60,14 @@ TEST(SplitFiles, FoldersOfAConfigurationAndOfASplit) {
   EXPECT_THAT(Split(files, "", "nil", "train"), IsEmpty());
 }
 
-TEST(SplitFiles, OneFileWithoutASplitsNameIsTheTrainingSplit) {
+TEST(HubSplitFiles, OneFileWithoutASplitsNameIsTheTrainingSplit) {
   const Names files = {"dataset_infos.json", "README.md", "pairs.jsonl"};
   EXPECT_THAT(Split(files, "", "", "train"), ElementsAre("pairs.jsonl"));
   EXPECT_THAT(Split(files, "", "", "test"), IsEmpty());
   EXPECT_THAT(Split({"a.jsonl", "b.jsonl"}, "", "", "train"), IsEmpty());
 }
 
-TEST(SplitFiles, ReadmeDecides) {
+TEST(HubSplitFiles, ReadmeDecides) {
   const Names files = {"en/rows-1.jsonl", "en/rows-2.jsonl", "en/held_out.jsonl", "de/deep/er/rows.jsonl",
                        "train.jsonl"};
   const std::string readme = R"(---
@@ -94,14 +94,14 @@ configs:
               HasSubstr("no configuration 'fr'; set dataset_configs to one of en, de"));
 }
 
-TEST(SplitFiles, SeveralConfigurationsWithoutADefault) {
+TEST(HubSplitFiles, SeveralConfigurationsWithoutADefault) {
   const std::string readme = "---\nconfigs:\n- config_name: a\n  data_files: a.csv\n- config_name: b\n---\n";
   EXPECT_THAT(SplitFiles({"a.csv"}, readme, "", "train").status().message(), HasSubstr("one of a, b"));
   const std::string one = "---\nconfigs:\n- config_name: a\n  data_files: a.csv\n---\n";
   EXPECT_THAT(Split({"a.csv"}, one, "", "train"), ElementsAre("a.csv"));
 }
 
-TEST(SplitFiles, HostileFrontMatterSaysNothing) {
+TEST(HubSplitFiles, HostileFrontMatterSaysNothing) {
   for (const char* readme : {"---\nconfigs: [\n---\n", "---\n- a\n---\n", "---\nconfigs: 3\n---\n", "---\nx", "---",
                              "---\nconfigs:\n- 1\n- [2]\n---\n"}) {
     EXPECT_THAT(Split({"train.jsonl"}, readme, "", "train"), ElementsAre("train.jsonl")) << readme;
@@ -109,7 +109,7 @@ TEST(SplitFiles, HostileFrontMatterSaysNothing) {
 }
 
 // A cache as huggingface_hub leaves it, and no network.
-class OfflineTest : public ::testing::Test {
+class HubOfflineTest : public ::testing::Test {
  protected:
   void SetUp() override {
     std::string pattern = (fs::temp_directory_path() / "simpo-hub-test-XXXXXX").string();
@@ -141,7 +141,7 @@ class OfflineTest : public ::testing::Test {
   fs::path home_;
 };
 
-TEST_F(OfflineTest, AWholeModelIsFoundByBranchAndCommit) {
+TEST_F(HubOfflineTest, AWholeModelIsFoundByBranchAndCommit) {
   AddModel({"config.json", "tokenizer.json", "model.safetensors"});
   for (const std::string revision : {"main", kCommit}) {
     const absl::StatusOr<HubFiles> model = Fetch(revision);
@@ -152,7 +152,7 @@ TEST_F(OfflineTest, AWholeModelIsFoundByBranchAndCommit) {
   }
 }
 
-TEST_F(OfflineTest, AMissingShardIsNamed) {
+TEST_F(HubOfflineTest, AMissingShardIsNamed) {
   AddModel({"config.json", "model-00001-of-00002.safetensors"});
   Write(fs::path("models--org--m/snapshots") / kCommit / "model.safetensors.index.json",
         R"({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})");
@@ -162,14 +162,14 @@ TEST_F(OfflineTest, AMissingShardIsNamed) {
   EXPECT_THAT(status.message(), HasSubstr("hf download org/m --revision"));
 }
 
-TEST_F(OfflineTest, WhatTheCheckRefusesIsTheError) {
+TEST_F(HubOfflineTest, WhatTheCheckRefusesIsTheError) {
   AddModel({"config.json", "model.safetensors"});
   const absl::StatusOr<HubFiles> model = FetchModel("org/m", "main", HubAccess::kDownload,
                                                     [](const fs::path&) { return absl::InvalidArgumentError("no"); });
   EXPECT_EQ(model.status(), absl::InvalidArgumentError("no"));
 }
 
-TEST_F(OfflineTest, AConvertedDataSet) {
+TEST_F(HubOfflineTest, AConvertedDataSet) {
   Write("datasets--org--d/refs/main", kCommit);
   Write(fs::path("datasets--org--d/snapshots") / kCommit / "script.py", "");
   const std::string converted(40, 'c');
@@ -184,7 +184,7 @@ TEST_F(OfflineTest, AConvertedDataSet) {
   EXPECT_THAT(none->files, IsEmpty());
 }
 
-TEST_F(OfflineTest, RevisionsThatLeaveTheCacheAreRefused) {
+TEST_F(HubOfflineTest, RevisionsThatLeaveTheCacheAreRefused) {
   for (const char* revision : {"../x", "/etc", "a//b", "a b", ""}) {
     EXPECT_EQ(Fetch(revision).status().code(), absl::StatusCode::kInvalidArgument) << revision;
   }
