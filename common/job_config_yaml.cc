@@ -341,7 +341,6 @@ void Parser::CheckBestModel() {
     if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), std::move(description));
   };
   const bool saves = config.save_strategy == "steps" || config.save_strategy == "epoch";
-  if (!config.do_eval) violation("do_eval", "load_best_model_at_end needs evaluations");
   if (!saves || config.eval_strategy != config.save_strategy) {
     violation("save_strategy",
               "load_best_model_at_end needs save_strategy and eval_strategy to be the same, steps or epoch");

@@ -2,6 +2,7 @@
 //
 //   mpirun -n 4 simpo-worker --job job.yaml [--set key=value]...
 //   simpo-worker prepare --job job.yaml      downloads and checks model and data, fills the token cache
+//   simpo-worker export --checkpoint DIR     makes a Hugging Face folder of a checkpoint
 //
 // This file alone turns errors into messages and exit codes.
 #include <ATen/Parallel.h>
@@ -44,6 +45,7 @@
 #include "worker/data/tokenized_dataset.h"
 #include "worker/model/model_config.h"
 #include "worker/model/safetensors.h"
+#include "worker/shard/export_hf.h"
 #include "worker/train.h"
 
 namespace simpo {
@@ -69,6 +71,8 @@ struct Flags {
   int attempt = 1;
   bool resume_latest = false;
   std::string dump_tokens;
+  std::string checkpoint;
+  std::string export_to;
 };
 
 std::atomic<bool> g_stop_requested = false;
@@ -332,6 +336,16 @@ int RunPrepare(const Flags& flags, const ParsedJob& job) {
   return kDone;
 }
 
+// `simpo-worker export`: one process, whatever number of ranks wrote the checkpoint.
+int RunExport(const Flags& flags) {
+  fs::path checkpoint = fs::path(flags.checkpoint).lexically_normal();
+  if (!checkpoint.has_filename()) checkpoint = checkpoint.parent_path();  // it ended in a slash
+  const fs::path to = flags.export_to.empty() ? fs::path(checkpoint.string() + "-hf") : fs::path(flags.export_to);
+  if (absl::Status status = ExportCheckpoint(checkpoint, to); !status.ok()) return Fail(status, ExitCodeOf(status));
+  std::printf("model: %s\n", to.c_str());
+  return kDone;
+}
+
 void SetThreads(const JobConfig& config) {
   int threads = config.threads_per_rank;
   if (threads <= 0) threads = EnvInt("OMP_NUM_THREADS", 0);
@@ -449,7 +463,7 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
 int Main(int argc, char** argv) {
   Flags flags;
   CLI::App app("Trains one SimPO job as one rank of an MPI world (mpirun -n N simpo-worker --job FILE).");
-  app.add_option("--job", flags.job, "The job file")->required();
+  app.add_option("--job", flags.job, "The job file (required, but for export)");
   app.add_option("--set", flags.overrides, "key=value, wins over the file; may be repeated")->take_all();
   app.add_option("--output-dir", flags.output_dir, "Wins over the file's output_dir");
   app.add_option("--log-dir", flags.log_dir, "Write this rank's output to rank-N.log there");
@@ -464,8 +478,13 @@ int Main(int argc, char** argv) {
   CLI::App* prepare =
       app.add_subcommand("prepare", "Download and check model and data, fill the token cache; train nothing");
   prepare->fallthrough();  // --job may stand after the command too
+  CLI::App* to_hf =
+      app.add_subcommand("export", "Make a Hugging Face folder of a checkpoint, whatever number of ranks wrote it");
+  to_hf->add_option("--checkpoint", flags.checkpoint, "A folder such as outputs/x/checkpoints/step-000120")->required();
+  to_hf->add_option("--to", flags.export_to, "The folder to make (default: the checkpoint's name with -hf after it)");
   try {
     app.parse(argc, argv);
+    if (!to_hf->parsed() && flags.job.empty()) throw CLI::RequiredError("--job");
   } catch (const CLI::ParseError& error) {
     if (EnvRank() != 0) return error.get_exit_code() == 0 ? kDone : kBadJob;  // rank 0 says it
     return app.exit(error) == 0 ? kDone : kBadJob;
@@ -473,6 +492,7 @@ int Main(int argc, char** argv) {
   if (!flags.log_dir.empty()) {
     if (absl::Status status = RedirectOutput(flags.log_dir); !status.ok()) return Fail(status, kTryAgain);
   }
+  if (to_hf->parsed()) return RunExport(flags);
   absl::StatusOr<ParsedJob> job = ReadJob(flags);
   if (!job.ok()) return EnvRank() == 0 ? Fail(job.status(), kBadJob) : kBadJob;
   if (prepare->parsed()) return RunPrepare(flags, *job);

@@ -81,10 +81,12 @@ do_eval: false
 eval_on_start: true
 eval_strategy: steps
 eval_steps: 10
-save_strategy: epoch
+save_strategy: steps
 save_steps: 20
 save_total_limit: 2
+load_best_model_at_end: true
 metric_for_best_model: eval_rewards/margins
+greater_is_better: True
 logging_steps: 5
 recovery_minutes: 2.5
 output_dir: ./out
@@ -342,6 +344,25 @@ TEST(JobConfigYaml, ValuesMustFitTogether) {
   EXPECT_THAT(Problems(ParseWith("max_steps: 0\n")), ElementsAre(StartsWith("3: max_steps: ")));
   EXPECT_THAT(Problems(ParseWith("max_steps: 5\nwarmup_steps: 6\n")), ElementsAre(StartsWith("4: warmup_steps: ")));
   EXPECT_THAT(Problems(ParseWith("dataset_splits: [a, b, c]\n")), ElementsAre(StartsWith("3: dataset_splits: ")));
+}
+
+// As transformers asks: every checkpoint has an evaluation to be judged by.
+TEST(JobConfigYaml, TheBestModelNeedsMatchingEvaluations) {
+  const std::string best = "load_best_model_at_end: true\n";
+  const std::string steps = best + "eval_strategy: steps\neval_steps: 10\nsave_strategy: steps\n";
+  EXPECT_EQ(ConfigOf(ParseWith(steps + "save_steps: 20\n")).greater_is_better, "");
+  EXPECT_EQ(ConfigOf(ParseWith(best + "eval_strategy: epoch\nsave_strategy: epoch\ngreater_is_better: no\n"
+                                      "metric_for_best_model: rewards/accuracies\n"))
+                .greater_is_better,
+            "false");
+  EXPECT_THAT(Problems(ParseWith(best)), ElementsAre(StartsWith("3: save_strategy: ")));
+  EXPECT_THAT(Problems(ParseWith(best + "eval_strategy: epoch\nsave_strategy: steps\nsave_steps: 5\n")),
+              ElementsAre(StartsWith("5: save_strategy: ")));
+  EXPECT_THAT(Problems(ParseWith(steps + "save_steps: 15\n")), ElementsAre(StartsWith("7: save_steps: ")));
+  EXPECT_THAT(Problems(ParseWith(steps + "save_steps: 20\nmetric_for_best_model: accuracy\n")),
+              ElementsAre(AllOf(StartsWith("8: metric_for_best_model: "), HasSubstr("eval_rewards/accuracies"))));
+  EXPECT_THAT(Problems(ParseWith("greater_is_better: maybe\n")), ElementsAre(StartsWith("3: greater_is_better: ")));
+  EXPECT_THAT(ParseWith("save_only_model: true\n").notes, Contains(HasSubstr("save_only_model")));
 }
 
 TEST(JobConfigYaml, GlobalBatch) {

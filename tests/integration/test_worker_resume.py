@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 
 import numpy as np
 
@@ -146,6 +147,90 @@ def test_the_final_model_is_whole_and_trains_again(workspace):
     assert "chat template: chat_template.jinja" in result.stderr
     first, second = workspace.metrics("first"), workspace.metrics("second")
     assert second[0]["rewards/margins"] > first[0]["rewards/margins"] + 0.1
+
+
+# A process's peak memory counts that of the process which started it: a small one stands between.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:])
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss * 1024, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def export(*args):
+    """simpo-worker export, alone; its result and the most memory that it held, in bytes."""
+    result = programs.run_program([sys.executable, "-c", MEASURE, programs.program("simpo-worker"), "export", *args])
+    result.stderr, memory = result.stderr.rstrip().rpartition("\n")[::2]
+    return result, int(memory)
+
+
+def same_files(folder, other):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in other.iterdir())
+    return all(path.read_bytes() == (other / path.name).read_bytes() for path in folder.iterdir())
+
+
+def test_any_checkpoint_becomes_a_model_folder(workspace):
+    workspace.make(rows=24)
+    job = workspace.job(save_strategy="steps", save_steps=1, max_steps=3, torch_dtype="bfloat16")
+    workspace.run_worker(job, 3).expect(0)
+    last, first = (workspace.output() / "checkpoints" / name for name in ("step-000003", "step-000001"))
+    shutil.move(workspace.model, workspace.folder / "moved")  # the checkpoint carries what an export needs
+    result, _ = export("--checkpoint", last)
+    assert result.expect(0).stdout == f"model: {last}-hf\n"
+    assert same_files(last.with_name("step-000003-hf"), workspace.output() / "final")
+    export("--checkpoint", f"{first}/", "--to", workspace.folder / "first")[0].expect(0)
+    assert not same_files(workspace.folder / "first", workspace.output() / "final")
+    # It trains on.
+    again = workspace.job("again", model_name_or_path=str(workspace.folder / "first"), max_steps=1)
+    workspace.run_worker(again, 1).expect(0)
+    for args, code, message in [(["--checkpoint", last], 2, f"{last}-hf is there already"),
+                                (["--checkpoint", workspace.folder / "none"], 3, "none/manifest.json"),
+                                ([], 2, "--checkpoint is required")]:
+        result, _ = export(*args)
+        assert message in result.expect(code).stderr, result
+    with open(last / "shard-00001-of-00003.safetensors", "r+b") as shard:
+        shard.seek(5000)
+        shard.write(bytes([shard.read(1)[0] ^ 1]))
+    result, _ = export("--checkpoint", last, "--to", workspace.folder / "damaged")
+    assert "shard-00001-of-00003.safetensors is damaged" in result.expect(3).stderr
+    assert not (workspace.folder / "damaged").exists()
+
+
+def test_an_export_needs_memory_for_one_bucket_only(workspace):
+    sizes = {"small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+             "large": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}}
+    memory = {}
+    for name, size in sizes.items():
+        workspace.model = workspace.folder / name
+        workspace.make(rows=8, **size)
+        job = workspace.job(name, max_steps=1, save_strategy="steps", save_steps=1, recovery_minutes=0)
+        workspace.run_worker(job, 2).expect(0)
+        result, memory[name] = export("--checkpoint", workspace.output(name) / "checkpoints" / "step-000001",
+                                      "--to", workspace.folder / f"{name}-hf")
+        result.expect(0)
+    manifest = json.loads((workspace.output("large") / "checkpoints/step-000001/manifest.json").read_text())
+    buckets = [4 * 2 * bucket["shard_numel"] for bucket in manifest["buckets"]]
+    more = memory["large"] - memory["small"]
+    print(f"export: {more / 1e6:.1f} MB more for a model of {sum(buckets) / 1e6:.1f} MB, "
+          f"largest bucket {max(buckets) / 1e6:.1f} MB")
+    assert sum(buckets) > 3.5 * max(buckets) and more < 1.2 * max(buckets)
+
+
+def test_the_best_checkpoint_is_exported(workspace):
+    changes = make_long_run(workspace)
+    changes.update(num_train_epochs=2, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+                   load_best_model_at_end=True, metric_for_best_model="rewards/margins", greater_is_better=False,
+                   save_total_limit=2)
+    result = workspace.run_worker(workspace.job("best", **changes), 2).expect(0)
+    lines = workspace.eval_metrics("best")
+    best = min(lines, key=lambda line: line["eval_rewards/margins"])["step"]
+    checkpoints = workspace.output("best") / "checkpoints"
+    assert best < 14 and sorted(path.name for path in checkpoints.iterdir()) == [f"step-{best:06d}", "step-000014"]
+    assert f"the best checkpoint, after step {best}, eval_rewards/margins" in result.stderr, result
+    export("--checkpoint", checkpoints / f"step-{best:06d}", "--to", workspace.folder / "hf")[0].expect(0)
+    assert same_files(workspace.folder / "hf", workspace.output("best") / "final")
 
 
 def test_bf16_export(workspace):

@@ -302,6 +302,11 @@ std::vector<std::string> ModelWeightsReader::Names() const {
   return names;
 }
 
+void ModelWeightsReader::Drop(std::string_view name) const {
+  const auto it = by_name_.find(name);
+  if (it != by_name_.end()) it->second.first->Drop(*it->second.second);
+}
+
 absl::StatusOr<at::Tensor> ModelWeightsReader::Get(std::string_view name, at::IntArrayRef shape) const {
   const auto it = by_name_.find(name);
   if (it == by_name_.end()) {

@@ -64,6 +64,8 @@ class ModelWeightsReader {
   // A view of the mapped file in the file's own dtype; NOT_FOUND and INVALID_ARGUMENT (another
   // shape than `shape`, or no floating-point weights) name the folder, file and tensor.
   absl::StatusOr<at::Tensor> Get(std::string_view name, at::IntArrayRef shape) const;
+  // The memory of this weight's pages may go; see SafetensorsFile::Drop.
+  void Drop(std::string_view name) const;
 
  private:
   ModelWeightsReader() = default;

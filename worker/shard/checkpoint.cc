@@ -75,6 +75,7 @@ absl::Status ReadOverlap(const SafetensorsFile& file, int stored_rank, int64_t s
     }
     const at::Tensor source = file.View(*entry).narrow(0, begin - stored_begin, end - begin);
     Part(bucket, part).narrow(0, begin - mine_begin, end - begin).copy_(source);
+    file.Drop(*entry);
   }
   return absl::OkStatus();
 }

@@ -111,6 +111,7 @@ absl::Status ShardedParams::LoadWeights(const ModelWeightsReader& reader) {
       } else if (!bucket.master.is_same(bucket.weight_shard)) {
         CopyOverlap(flat, slot.offset, bucket.weight_shard, bucket.owned_begin);
       }
+      reader.Drop(slot.spec.name);
     }
   }
   return absl::OkStatus();

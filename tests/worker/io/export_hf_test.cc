@@ -6,9 +6,11 @@
 
 #include <nlohmann/json.hpp>
 
+#include "tests/worker/io/saved_checkpoints.h"
 #include "tests/worker/io/test_files.h"
 #include "tests/worker/io/thread_collectives.h"
 #include "tests/worker/io/tiny_model.h"
+#include "worker/shard/checkpoint_writer.h"
 
 namespace simpo {
 namespace {
@@ -80,6 +82,75 @@ TEST_F(ExportHfTest, WritesAFolderThatDescribesItself) {
   EXPECT_EQ(json::parse(ReadText(final / "config.json")), expected);
   EXPECT_EQ((*SafetensorsFile::Open(final / "model.safetensors"))->metadata().at("format"), "pt");
   ExpectWeights();
+}
+
+// The bytes of the file are those of a writer that has the whole model at once.
+TEST_F(ExportHfTest, StreamsTheSameBytesFromEveryStage) {
+  ASSERT_TRUE(Export(1, at::kBFloat16, "{{ messages }}")[0].ok());
+  std::vector<std::pair<std::string, at::Tensor>> whole;
+  for (const WeightSpec& spec : ModelWeights(TinyConfig())) whole.emplace_back(spec.name, weights_[spec.name]);
+  ASSERT_TRUE(WriteSafetensors(dir_ / "whole", whole, {{"format", "pt"}}).ok());
+  const std::string expected = ReadText(dir_ / "whole");
+  EXPECT_TRUE(ReadText(dir_ / "final/model.safetensors") == expected);
+  fs::create_directories(dir_ / "model");
+  ASSERT_TRUE(WriteSafetensors(dir_ / "model/model.safetensors", whole, {}).ok());
+  for (const int stage : {0, 1, 2, 3}) {
+    for (const int ranks : {1, 2, 3}) {
+      SCOPED_TRACE(testing::Message() << ranks << " ranks, stage " << stage);
+      ThreadWorld::Run(ranks, [&](Collectives& comm) {
+        ShardedParams params(TinyConfig(),
+                             {.compute_dtype = at::kBFloat16, .zero_stage = stage, .poison_released = true}, comm);
+        ASSERT_TRUE(params.LoadWeights(**ModelWeightsReader::Open(dir_ / "model")).ok());
+        ASSERT_TRUE(ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model", dir_ / "tokenizer", "", comm).ok());
+        int64_t largest = 0;
+        for (const Bucket& bucket : params.buckets()) largest = std::max(largest, bucket.numel * 2);
+        EXPECT_LE(params.MemoryBytes().peak_gathered, stage < 3 ? 0 : largest);
+      });
+      EXPECT_TRUE(ReadText(dir_ / "final/model.safetensors") == expected);
+    }
+  }
+}
+
+// From checkpoints of any layout: the bytes that the run itself would export.
+TEST_F(ExportHfTest, ACheckpointBecomesTheSameFolder) {
+  const HfFiles files = *ReadHfFiles(dir_ / "model", dir_ / "tokenizer", "{{ messages }}", at::kBFloat16);
+  for (const int ranks : {1, 3}) {
+    for (const int64_t max_file_bytes : {int64_t{4000}, kMaxExportFileBytes}) {
+      SCOPED_TRACE(testing::Message() << ranks << " ranks, files of " << max_file_bytes);
+      const fs::path checkpoints = dir_ / "checkpoints";
+      fs::remove_all(checkpoints);
+      fs::remove_all(dir_ / "exported");
+      ThreadWorld::Run(ranks, [&](Collectives& comm) {
+        const Layout layout{.zero_stage = 3, .dtype = at::kBFloat16};
+        ShardedParams params(TinyConfig(), layout.Sharding(), comm);
+        Fill(params, comm.rank(), 0.5);
+        ASSERT_TRUE(ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model", dir_ / "tokenizer", "{{ messages }}",
+                             comm, max_file_bytes)
+                        .ok());
+        CheckpointWriter writer({.checkpoints_dir = checkpoints, .hf_files = files}, comm);
+        ASSERT_TRUE(writer.Begin(params, SomeState(7), true).ok());
+        ASSERT_TRUE(writer.Finish().ok());
+      });
+      fs::rename(dir_ / "model", dir_ / "away");  // nothing else is needed
+      const absl::Status status = ExportCheckpoint(checkpoints / "step-000007", dir_ / "exported", max_file_bytes);
+      fs::rename(dir_ / "away", dir_ / "model");
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(NamesIn(dir_ / "exported"), NamesIn(dir_ / "final"));
+      for (const std::string& name : NamesIn(dir_ / "final")) {
+        EXPECT_TRUE(ReadText(dir_ / "exported" / name) == ReadText(dir_ / "final" / name)) << name;
+      }
+    }
+  }
+  // It never writes over anything, and says what is wrong with a checkpoint.
+  EXPECT_THAT(std::string(ExportCheckpoint(dir_ / "checkpoints/step-000007", dir_ / "exported").message()),
+              HasSubstr("is there already"));
+  EXPECT_EQ(ExportCheckpoint(dir_ / "none", dir_ / "other").code(), absl::StatusCode::kNotFound);
+  Save(dir_ / "bare", 1, {});
+  EXPECT_THAT(std::string(ExportCheckpoint(dir_ / "bare/step-000001", dir_ / "other").message()),
+              HasSubstr("carries no config.json"));
+  FlipBit(dir_ / "checkpoints/step-000007/shard-00002-of-00003.safetensors", 4000);
+  EXPECT_EQ(ExportCheckpoint(dir_ / "checkpoints/step-000007", dir_ / "other").code(), absl::StatusCode::kDataLoss);
+  EXPECT_FALSE(fs::exists(dir_ / "other"));
 }
 
 TEST_F(ExportHfTest, SaysTheDtypeInTheSourcesSpelling) {

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 
 #include <cstring>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -283,6 +284,35 @@ TEST_F(ShardedModel, SingleFileWinsAsInTransformers) {
   const auto reader = ModelWeightsReader::Open(dir_.path());
   ASSERT_TRUE(reader.ok()) << reader.status();
   EXPECT_THAT((*reader)->Names(), ElementsAre("z"));
+}
+
+// What has been read and dropped takes no memory, so that loading streams.
+TEST(ModelWeightsReader, DropsWhatWasRead) {
+  const TempDir dir;
+  const auto mapped_bytes = [] {
+    std::ifstream file("/proc/self/status");
+    for (std::string word; file >> word;) {
+      int64_t kilobytes = 0;
+      if (word == "RssFile:" && file >> kilobytes) return kilobytes * 1024;
+    }
+    return int64_t{-1};
+  };
+  const int64_t megabyte = 1 << 20;
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (int i = 0; i < 16; ++i) tensors.emplace_back(std::to_string(i), at::full({megabyte}, i, at::kFloat));
+  ASSERT_TRUE(WriteSafetensors(dir / "model.safetensors", tensors, {}).ok());
+  for (const bool drop : {false, true}) {
+    const auto reader = ModelWeightsReader::Open(dir.path());
+    ASSERT_TRUE(reader.ok()) << reader.status();
+    const int64_t before = mapped_bytes();
+    ASSERT_GE(before, 0);
+    for (const auto& [name, tensor] : tensors) {
+      EXPECT_TRUE(at::equal(*(*reader)->Get(name, {megabyte}), tensor));
+      if (drop) (*reader)->Drop(name);
+    }
+    const int64_t held = mapped_bytes() - before;
+    EXPECT_TRUE(drop ? held < 8 * megabyte : held >= 60 * megabyte) << held;
+  }
 }
 
 TEST(ModelWeightsReader, RefusesPickleByName) {
