@@ -266,7 +266,7 @@ std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, Global
   *truncated = 0;
   for (int64_t i : batch) {
     const TokenizedPair pair = (*train_data_)[i];
-    tokens.push_back(PackedSize(pair));
+    tokens.push_back(PackedSize(pair, options_.model.rope.SharedAnglesUpTo()));
     global->chosen_tokens += static_cast<double>(pair.chosen.size()) - pair.chosen_prompt_length;
     *truncated += train_data_->truncated(i) ? 1 : 0;
   }
@@ -277,7 +277,7 @@ std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, Global
                                                 comm_.rank(), comm_.world_size())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back((*train_data_)[i]);
-    packed.push_back(Pack(pairs));
+    packed.push_back(Pack(pairs, options_.model.rope.SharedAnglesUpTo()));
   }
   return packed;
 }
