@@ -26,6 +26,7 @@ run tests/parity/check_versions.py tests/parity/requirements.txt
 run tests/parity/make_goldens.py --check
 run tests/parity/make_text_goldens.py --check
 run tests/parity/compare_trl.py --worker "$worker"
+run tests/parity/check_families.py --worker "$worker"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "parity: FAILED in ${failed[*]} (see above)" >&2

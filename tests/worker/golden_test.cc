@@ -268,5 +268,22 @@ TEST_P(GoldenFamily, FiveSteps) {
   EXPECT_LE(distance.farthest, kTensorUpdateTolerance) << distance.farthest_name;
 }
 
+// The trained model has the original's tensors, by name and shape and changed, and its configuration.
+TEST_P(GoldenFamily, ExportLooksLikeTheOriginal) {
+  ASSERT_FALSE(Run("float32").steps.empty());
+  const auto exported = SafetensorsFile::Open(dir_ / "final" / "model.safetensors");
+  ASSERT_TRUE(exported.ok()) << exported.status();
+  const auto original = SafetensorsFile::Open(golden_.dir / "model.safetensors");
+  ASSERT_TRUE(original.ok()) << original.status();
+  ASSERT_EQ((*exported)->entries().size(), (*original)->entries().size());
+  for (const SafetensorsEntry& entry : (*original)->entries()) {
+    const SafetensorsEntry* mine = (*exported)->Find(entry.name);
+    ASSERT_NE(mine, nullptr) << entry.name;
+    EXPECT_EQ(mine->shape, entry.shape) << entry.name;
+    EXPECT_FALSE(at::equal((*exported)->View(*mine), (*original)->View(entry))) << entry.name << " was not trained";
+  }
+  EXPECT_EQ(Json::parse(ReadText(dir_ / "final" / "config.json")), Json::parse(ReadText(golden_.dir / "config.json")));
+}
+
 }  // namespace
 }  // namespace simpo
