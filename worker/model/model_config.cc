@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "common/status_macros.h"
 #include "worker/model/json_fields.h"
+#include "worker/model/model_families.h"
 
 namespace simpo {
 namespace {
@@ -28,107 +29,6 @@ constexpr int64_t kMaxLayers = 1 << 10;
 constexpr int64_t kMaxHeads = 1 << 12;
 constexpr int64_t kMaxHeadDim = 1 << 12;
 constexpr int64_t kMaxPositions = int64_t{1} << 40;
-
-// Which layers have a window of sliding_window tokens.
-enum class WindowRule {
-  kNoLayer,
-  kEveryLayer,  // unless the field is null
-  kListed,      // those that layer_types calls sliding_attention
-};
-
-// A family: what its code in transformers does, and the values that its configuration class has where
-// config.json says nothing.
-struct Family {
-  ModelConfig config;                // a head_dim of 0 stands for hidden_size / num_attention_heads
-  bool num_kv_heads_needed = false;  // it has a default of its own instead of num_attention_heads
-  bool reads_attention_bias = false;
-  bool reads_mlp_bias = false;
-  WindowRule window_rule = WindowRule::kNoLayer;
-  int64_t sliding_window = 0;  // 0: none
-  const char* activation_field = "hidden_act";
-};
-
-constexpr std::array<const char*, 8> kFamilies = {"llama", "mistral", "qwen2", "qwen3",
-                                                  "gemma", "gemma2",  "phi3",  "olmo2"};
-
-std::optional<Family> FamilyOf(const std::string& model_type) {
-  Family family;
-  ModelConfig& config = family.config;
-  config.model_type = model_type;
-  if (model_type == "llama") {
-    config.max_position_embeddings = 2048;
-    family.reads_attention_bias = family.reads_mlp_bias = true;
-    return family;
-  }
-  if (model_type == "mistral") {
-    config.max_position_embeddings = 131072;
-    family.num_kv_heads_needed = true;
-    family.window_rule = WindowRule::kEveryLayer;
-    family.sliding_window = 4096;
-    return family;
-  }
-  if (model_type == "qwen2" || model_type == "qwen3") {
-    config.max_position_embeddings = 32768;
-    family.num_kv_heads_needed = true;
-    family.window_rule = WindowRule::kListed;
-    family.sliding_window = 4096;
-    if (model_type == "qwen2") {
-      config.qkv_bias = true;
-    } else {
-      config.head_dim = 128;
-      config.qk_norm = QkNorm::kPerHead;
-      family.reads_attention_bias = true;
-    }
-    return family;
-  }
-  if (model_type == "gemma" || model_type == "gemma2") {
-    config.max_position_embeddings = 8192;
-    config.head_dim = 256;
-    config.tie_word_embeddings = true;
-    config.scaled_embeddings = true;
-    config.activation = Activation::kGeluTanh;
-    config.norm_style = NormStyle::kOnePlusWeight;
-    config.pad_token_id = 0;
-    family.num_kv_heads_needed = true;
-    family.reads_attention_bias = true;
-    if (model_type == "gemma2") {
-      config.layer_norms = {.before_attention = "input_layernorm",
-                            .after_attention = "post_attention_layernorm",
-                            .before_mlp = "pre_feedforward_layernorm",
-                            .after_mlp = "post_feedforward_layernorm"};
-      config.query_pre_attn_scalar = 256;
-      config.attn_logit_softcapping = 50;
-      config.final_logit_softcapping = 30;
-      family.window_rule = WindowRule::kListed;
-      family.sliding_window = 4096;
-      family.activation_field = "hidden_activation";
-    }
-    return family;
-  }
-  if (model_type == "phi3") {
-    config.max_position_embeddings = 4096;
-    config.rms_norm_eps = 1e-5;
-    config.fused_projections = true;
-    config.pad_token_id = 32000;
-    config.rope.original_max_position_embeddings = 4096;
-    family.window_rule = WindowRule::kEveryLayer;
-    return family;
-  }
-  if (model_type == "olmo2") {
-    config.max_position_embeddings = 2048;
-    config.rms_norm_eps = 1e-5;
-    config.norm_style = NormStyle::kScaleThenRound;
-    config.layer_norms = {.before_attention = nullptr,
-                          .after_attention = "post_attention_layernorm",
-                          .before_mlp = nullptr,
-                          .after_mlp = "post_feedforward_layernorm"};
-    config.qk_norm = QkNorm::kAllHeads;
-    config.pad_token_id = 1;
-    family.reads_attention_bias = true;
-    return family;
-  }
-  return std::nullopt;
-}
 
 template <size_t n>
 bool IsOneOf(const std::string& value, const std::array<const char*, n>& list) {
@@ -400,7 +300,7 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::filesystem::path& model_d
   const std::optional<Family> family = FamilyOf(model_type);
   if (fields.status().ok() && !family.has_value()) {
     fields.Fail("model_type",
-                absl::StrCat("'", model_type, "' is not supported; supported are ", absl::StrJoin(kFamilies, ", ")));
+                absl::StrCat("'", model_type, "' is not supported; supported are ", absl::StrJoin(kModelTypes, ", ")));
   }
   if (!fields.status().ok()) return fields.status();
   ModelConfig config = family->config;

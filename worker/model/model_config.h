@@ -57,7 +57,7 @@ struct LayerNorms {
 enum class QkNorm { kNone, kPerHead, kAllHeads };
 
 // A decoder's architecture as a value: ReadModelConfig starts from its family's (FamilyOf in
-// model_config.cc) and fills in what config.json says.
+// model_families.h) and fills in what config.json says.
 struct ModelConfig {
   std::string model_type;
   int64_t vocab_size = 0;
