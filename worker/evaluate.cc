@@ -51,13 +51,14 @@ std::map<std::string, double> Evaluate(const Decoder& decoder, ShardedParams& pa
   std::vector<int64_t> all(data.size());
   std::iota(all.begin(), all.end(), 0);
   std::vector<int64_t> tokens(data.size());
-  for (int64_t i : all) tokens[i] = PackedSize(data[i]);
+  const int64_t share_up_to = decoder.config().rope.SharedAnglesUpTo();
+  for (int64_t i : all) tokens[i] = PackedSize(data[i], share_up_to);
   SimpoStats stats;
   for (const std::vector<int64_t>& indices :
        MicroBatchesOfRank(all, tokens, max_tokens, max_pairs, comm.rank(), comm.world_size())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back(data[i]);
-    stats += ForwardOnly(decoder, params, Pack(pairs), loss);
+    stats += ForwardOnly(decoder, params, Pack(pairs, share_up_to), loss);
   }
   return StatsToMetrics(AllReduceStats(stats, comm), loss, "eval_");
 }

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 namespace simpo {
 namespace {
 
@@ -17,19 +19,24 @@ int64_t PredictingRow(int64_t t, int64_t begin, int64_t prefix, int64_t rest_beg
   return t - 1 < prefix ? begin + t - 1 : rest_begin + (t - 1 - prefix);
 }
 
-}  // namespace
-
-int64_t PackedSize(const TokenizedPair& pair) {
-  return static_cast<int64_t>(pair.chosen.size() + pair.rejected.size()) - pair.SharedPrefixLength() - 2;
+int64_t SharedPrefix(const TokenizedPair& pair, int64_t share_up_to) {
+  const bool shares = static_cast<int64_t>(std::max(pair.chosen.size(), pair.rejected.size())) <= share_up_to;
+  return shares ? pair.SharedPrefixLength() : 0;
 }
 
-PackedBatch Pack(std::span<const TokenizedPair> pairs) {
+}  // namespace
+
+int64_t PackedSize(const TokenizedPair& pair, int64_t share_up_to) {
+  return static_cast<int64_t>(pair.chosen.size() + pair.rejected.size()) - SharedPrefix(pair, share_up_to) - 2;
+}
+
+PackedBatch Pack(std::span<const TokenizedPair> pairs, int64_t share_up_to) {
   PackedBatch batch;
   std::vector<int64_t> ids, positions, head_rows;
   batch.pair_head_begin.push_back(0);
   batch.pair_scored_begin.push_back(0);
   for (const TokenizedPair& pair : pairs) {
-    const int64_t shared = pair.SharedPrefixLength();
+    const int64_t shared = SharedPrefix(pair, share_up_to);
     const auto begin = static_cast<int64_t>(ids.size());
     const auto chosen_size = static_cast<int64_t>(pair.chosen.size());
     const auto rejected_size = static_cast<int64_t>(pair.rejected.size());

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,9 @@ struct PackedPair {
   int64_t chosen_rest = 0;
   int64_t rejected_rest = 0;
   int64_t size() const { return prefix + chosen_rest + rejected_rest; }
+  // Tokens of either sequence, the last one included.
+  int64_t ChosenLength() const { return prefix + chosen_rest + 1; }
+  int64_t RejectedLength() const { return prefix + rejected_rest + 1; }
 };
 
 // One scored token of one response: its log-probability is log softmax(logits of `row`)[target].
@@ -44,11 +48,15 @@ struct PackedBatch {
   int64_t num_pairs() const { return static_cast<int64_t>(pairs.size()); }
 };
 
+// `share_up_to`: a pair with a longer sequence shares no prefix, because the model's rotary angles then
+// depend on the length (RopeConfig::SharedAnglesUpTo).
+inline constexpr int64_t kShareAlways = std::numeric_limits<int64_t>::max();
+
 // Input tokens that `pair` takes in a packed row.
-int64_t PackedSize(const TokenizedPair& pair);
+int64_t PackedSize(const TokenizedPair& pair, int64_t share_up_to = kShareAlways);
 
 // Packs pairs into one row, on the host.
-PackedBatch Pack(std::span<const TokenizedPair> pairs);
+PackedBatch Pack(std::span<const TokenizedPair> pairs, int64_t share_up_to = kShareAlways);
 
 }  // namespace simpo
 

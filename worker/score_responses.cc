@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "worker/model/kernels_aten.h"
 #include "worker/model/kernels_cpu.h"
 
 namespace simpo {
@@ -19,7 +20,12 @@ class Scorer {
  public:
   Scorer(const Decoder& decoder, const at::Tensor& normed_NH, const PackedBatch& batch, const SimpoLoss& loss,
          const GlobalBatchSize& global)
-      : head_(decoder.head()), normed_NH_(normed_NH), batch_(batch), loss_(loss), global_(global) {
+      : head_(decoder.head()),
+        softcap_(decoder.config().final_logit_softcapping),
+        normed_NH_(normed_NH),
+        batch_(batch),
+        loss_(loss),
+        global_(global) {
     const int64_t rows = normed_NH.size(0);
     lse_N_ = at::empty({rows}, at::kFloat);
     mean_N_ = at::empty({rows}, at::kFloat);
@@ -73,14 +79,24 @@ class Scorer {
     return selection;
   }
 
+  bool on_cpu() const { return normed_NH_.is_cpu(); }
+  // On the logits' device.
+  at::Tensor Moved(const at::Tensor& host) const { return host.to(normed_NH_.device()); }
+
   at::Tensor Logits(int64_t row, int64_t count) const {
-    return at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
+    const at::Tensor logits = at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
+    if (softcap_ > 0) (on_cpu() ? kernels::SoftcapInPlace : kernels_aten::SoftcapInPlace)(logits, softcap_);
+    return logits;
   }
 
   void ReadStats(const at::Tensor& logits, int64_t row, int64_t count, int64_t first, int64_t last) {
-    kernels::LogitStats(logits, lse_N_.narrow(0, row, count), mean_N_.narrow(0, row, count));
+    const at::Tensor lse = at::empty({count}, logits.options().dtype(at::kFloat));
+    const at::Tensor mean = at::empty_like(lse);
+    (on_cpu() ? kernels::LogitStats : kernels_aten::LogitStats)(logits, lse, mean);
+    lse_N_.narrow(0, row, count).copy_(lse);
+    mean_N_.narrow(0, row, count).copy_(mean);
     const Selection selection = Select(row, count, first, last);
-    const at::Tensor values = logits.index({selection.rows, selection.targets}).to(at::kFloat);
+    const at::Tensor values = logits.index({Moved(selection.rows), Moved(selection.targets)}).to(at::kCPU, at::kFloat);
     for (size_t i = 0; i < selection.entries.size(); ++i) {
       target_logits_[selection.entries[i]] = values.data_ptr<float>()[i];
     }
@@ -126,26 +142,32 @@ class Scorer {
     }
   }
 
-  // logits becomes d loss / d logits: coefficient * (1[v = target] - softmax), then the products.
+  // logits becomes d loss / d logits: coefficient * (1[v = target] - softmax), times the softcap's
+  // derivative, then the products.
   void Backward(at::Tensor logits, int64_t row, int64_t count, int64_t first, int64_t last,
                 at::Tensor& grad_normed_NH) const {
-    kernels::ScaledSoftmaxInPlace(logits, lse_N_.narrow(0, row, count), scale_N_.narrow(0, row, count));
+    (on_cpu() ? kernels::ScaledSoftmaxInPlace : kernels_aten::ScaledSoftmaxInPlace)(
+        logits, Moved(lse_N_.narrow(0, row, count)), Moved(scale_N_.narrow(0, row, count)), softcap_);
     const Selection selection = Select(row, count, first, last);
     std::vector<float> values;
-    for (int64_t entry : selection.entries) values.push_back(coefficients_[entry]);
-    logits.index_put_({selection.rows, selection.targets}, at::tensor(values, at::kFloat).to(logits.scalar_type()),
-                      /*accumulate=*/true);
+    for (int64_t entry : selection.entries) {
+      const float tanh = softcap_ > 0 ? target_logits_[entry] / static_cast<float>(softcap_) : 0.0f;
+      values.push_back(coefficients_[entry] * (1 - tanh * tanh));
+    }
+    logits.index_put_({Moved(selection.rows), Moved(selection.targets)},
+                      Moved(at::tensor(values, at::kFloat).to(logits.scalar_type())), /*accumulate=*/true);
     at::Tensor grad = grad_normed_NH.narrow(0, row, count);
     at::mm_out(grad, logits, head_->value());
     AccumulateWeightGrad(head_->grad(), logits, normed_NH_.narrow(0, row, count));
   }
 
   const WeightRef& head_;
+  const double softcap_;  // 0: none
   const at::Tensor normed_NH_;
   const PackedBatch& batch_;
   const SimpoLoss& loss_;
   const GlobalBatchSize& global_;
-  at::Tensor lse_N_, mean_N_;
+  at::Tensor lse_N_, mean_N_;         // on the host
   at::Tensor scale_N_;                // minus the sum of the coefficients of each row's scored tokens
   std::vector<float> target_logits_;  // by scored token
   std::vector<float> coefficients_;   // by scored token: d loss / d log-probability
@@ -157,7 +179,8 @@ class Scorer {
 ScoredBatch ScoreResponses(const Decoder& decoder, const at::Tensor& hidden_TH, const PackedBatch& batch,
                            const SimpoLoss& loss, const GlobalBatchSize& global, bool with_gradients,
                            int64_t max_logits) {
-  at::Tensor rows_NH = hidden_TH.detach().index_select(0, batch.head_rows_N);
+  const at::Tensor head_rows_N = batch.head_rows_N.to(hidden_TH.device());
+  at::Tensor rows_NH = hidden_TH.detach().index_select(0, head_rows_N);
   at::Tensor normed_NH;
   {
     at::AutoGradMode grad_mode(with_gradients);
@@ -180,7 +203,7 @@ ScoredBatch ScoreResponses(const Decoder& decoder, const at::Tensor& hidden_TH, 
   result.stats.source_tokens = static_cast<double>(batch.source_tokens);
   if (with_gradients) {
     const at::Tensor grad_rows = torch::autograd::grad({normed_NH}, {rows_NH}, {grad_normed_NH})[0];
-    result.grad_TH = at::zeros_like(hidden_TH).index_copy_(0, batch.head_rows_N, grad_rows);
+    result.grad_TH = at::zeros_like(hidden_TH).index_copy_(0, head_rows_N, grad_rows);
   }
   return result;
 }

@@ -160,7 +160,8 @@ absl::Status Run::OpenData() {
   }
   if (config_.load_best_model_at_end && eval_data_ == nullptr) {
     return absl::FailedPreconditionError(
-        "load_best_model_at_end: there is no evaluation data to choose by. Leave do_eval true and give the name of an evaluation split as "
+        "load_best_model_at_end: there is no evaluation data to choose by. Leave do_eval true and give the name of an "
+        "evaluation split as "
         "the second of dataset_splits, or eval_dataset_mixer, or leave load_best_model_at_end out");
   }
   return absl::OkStatus();
@@ -255,7 +256,9 @@ absl::Status Run::OpenLogs() {
 // The pairs of each micro-batch of `rank`.
 std::vector<std::vector<int64_t>> Run::MicroBatchesOf(const std::vector<int64_t>& batch, int rank) const {
   std::vector<int64_t> tokens;
-  for (int64_t i : batch) tokens.push_back(PackedSize((*train_data_)[i]));
+  for (int64_t i : batch) {
+    tokens.push_back(PackedSize((*train_data_)[i], options_.model.rope.SharedAnglesUpTo()));
+  }
   return MicroBatchesOfRank(batch, tokens, max_tokens(), config_.per_device_train_batch_size, rank, comm_.world_size());
 }
 
@@ -272,7 +275,7 @@ std::vector<PackedBatch> Run::PackMine(const std::vector<int64_t>& batch, Global
   for (const auto& indices : MicroBatchesOf(batch, comm_.rank())) {
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back((*train_data_)[i]);
-    packed.push_back(Pack(pairs));
+    packed.push_back(Pack(pairs, options_.model.rope.SharedAnglesUpTo()));
   }
   return packed;
 }

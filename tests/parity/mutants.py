@@ -49,7 +49,33 @@ MUTANTS = {
         "{head_row_of[row - begin], tokens[t], which}",
         "{head_row_of[row - begin], tokens[t - 1], which}",
     ),
-    "one token of the future": ("worker/model/attention.cc", ".triu(pair.prefix + 1)", ".triu(pair.prefix + 2)"),
+    "one token of the future": ("worker/model/attention.cc", "band.triu(reach + 1)", "band.triu(reach + 2)"),
+    "a window of one token more": (
+        "worker/model/decoder.cc",
+        ".window = config_.Window(index)",
+        ".window = config_.Window(index) > 0 ? config_.Window(index) + 1 : 0",
+    ),
+    "no slope of attention's softcap": (
+        "worker/model/attention.cc",
+        "gscores.mul_(1 - scores.clamp_min(-config.softcap).div_(config.softcap).pow_(2));",
+        "",
+    ),
+    "no slope of the head's softcap at the label": (
+        "worker/score_responses.cc",
+        "coefficients_[entry] * (1 - tanh * tanh)",
+        "coefficients_[entry] * (1 - 0 * tanh)",
+    ),
+    "unscaled gradient of scaled embeddings": (
+        "worker/model/decoder.cc",
+        "scale == 1 ? grad_TH : grad_TH * scale",
+        "scale > 0 ? grad_TH : grad_TH * scale",
+    ),
+    "angles of the short length": ("worker/model/rope.cc", "length > rope.SharedAnglesUpTo()", "false"),
+    "no attention factor": (
+        "worker/model/rope.cc",
+        "const double factor = config.rope.attention_factor;",
+        "const double factor = 1;",
+    ),
     "gradient of the padding row": ("worker/model/decoder.cc", "config_.pad_token_id.value_or(-1)", "-1"),
     "schedule one update ahead": ("worker/train.cc", "schedule_.Rate(step)", "schedule_.Rate(step + 1)"),
 }

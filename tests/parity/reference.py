@@ -16,7 +16,15 @@ import math
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.gemma import modeling_gemma
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,11 @@ def _plain_norm(self, x):
     return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
+def _plain_gemma_norm(self, x):
+    return (1.0 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@dynamic_rope_update
 def _plain_rotary(self, x, position_ids):
     # The frequencies keep their fp32 values; angles and their functions do not.
     angles = position_ids[:, :, None].to(x.dtype) * self.inv_freq[None, None, :].to(x.dtype)
@@ -56,17 +69,34 @@ def _plain_rotary(self, x, position_ids):
     return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
 
 
-def _plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+def _plain_attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, sliding_window=None, softcap=None, **_
+):
     key = modeling_llama.repeat_kv(key, module.num_key_value_groups)
     value = modeling_llama.repeat_kv(value, module.num_key_value_groups)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     length = query.shape[2]
-    scores = scores + torch.full((length, length), -math.inf, dtype=scores.dtype).triu(1)
-    probabilities = scores.softmax(-1)
+    hidden = torch.ones((length, length), dtype=torch.bool).triu(1)
+    if sliding_window is not None:
+        hidden |= torch.ones((length, length), dtype=torch.bool).tril(-sliding_window)
+    probabilities = scores.masked_fill(hidden, -math.inf).softmax(-1)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 AttentionInterface.register("plain", _plain_attention)
+
+FAMILIES = {
+    "Gemma": (modeling_gemma, _plain_gemma_norm),
+    "Gemma2": (modeling_gemma2, _plain_gemma_norm),
+    "Llama": (modeling_llama, _plain_norm),
+    "Mistral": (modeling_mistral, _plain_norm),
+    "Olmo2": (modeling_olmo2, _plain_norm),
+    "Phi3": (modeling_phi3, _plain_norm),
+    "Qwen2": (modeling_qwen2, _plain_norm),
+    "Qwen3": (modeling_qwen3, _plain_norm),
+}
 
 
 @contextlib.contextmanager
@@ -75,14 +105,17 @@ def without_casts(dtype):
     if dtype == torch.float32:
         yield
         return
-    norm, rotary = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward
-    modeling_llama.LlamaRMSNorm.forward = _plain_norm
-    modeling_llama.LlamaRotaryEmbedding.forward = _plain_rotary
+    before = []
+    for family, (module, norm) in FAMILIES.items():
+        for name, forward in ((f"{family}RMSNorm", norm), (f"{family}RotaryEmbedding", _plain_rotary)):
+            place = getattr(module, name)
+            before.append((place, place.forward))
+            place.forward = forward
     try:
         yield
     finally:
-        modeling_llama.LlamaRMSNorm.forward = norm
-        modeling_llama.LlamaRotaryEmbedding.forward = rotary
+        for place, forward in before:
+            place.forward = forward
 
 
 def load_model(path, dtype):
@@ -108,10 +141,23 @@ def collate(pairs):
     return ids, real, scored
 
 
+def logits_of(model, ids, real):
+    """Of padded rows. Where rotary angles depend on the length, each row goes through a fresh model alone: in a padded
+    batch transformers would give every row the angles of the longest, and keep those of earlier batches."""
+    if model.config.rope_parameters["rope_type"] not in ("dynamic", "longrope"):
+        return model(ids, attention_mask=real, use_cache=False).logits
+    rows, rotary = [], model.model.rotary_emb
+    for row, length in zip(ids, real.sum(-1).tolist()):
+        rotary.inv_freq = rotary.original_inv_freq.clone()
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+        rows.append(F.pad(model(row[None, :length], use_cache=False).logits[0], (0, 0, 0, ids.shape[1] - length)))
+    return torch.stack(rows)
+
+
 def score(model, pairs, mutant=""):
     """Per row, chosen rows first: sum of log-probabilities, scored tokens, sum of mean logits."""
     ids, real, scored = collate(pairs)
-    logits = model(ids, attention_mask=real, use_cache=False).logits
+    logits = logits_of(model, ids, real)
     if mutant == "shifted_label":
         predicted, mask = logits[:, 1:], scored[:, 1:]  # scores a token with the logits that follow it
     else:

@@ -37,6 +37,7 @@ run tests/parity/make_text_goldens.py --check
 run tests/parity/compare_tokens.py --worker "$worker" --tokenizers "$tokenizers"
 run tests/parity/compare_trl.py --worker "$worker"
 run tests/parity/check_hub.py --worker "$worker"
+run tests/parity/check_families.py --worker "$worker"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "parity: FAILED in ${failed[*]} (see above)" >&2

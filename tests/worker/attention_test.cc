@@ -13,27 +13,44 @@ namespace {
 
 constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 12;
 
+// What the plan is made with, and one layer's attention.
+struct Case {
+  const char* name;
+  int64_t window = 0;
+  double softcap = 0;
+  double scale = 0.25;
+
+  AttentionConfig config() const {
+    return {.heads = kHeads, .kv_heads = kKvHeads, .scale = scale, .window = window, .softcap = softcap};
+  }
+  std::shared_ptr<const AttentionPlan> Plan(const std::vector<PackedPair>& pairs, at::ScalarType dtype) const {
+    return std::make_shared<const AttentionPlan>(pairs, std::vector<int64_t>{0, window}, dtype);
+  }
+};
+
 // Softmax attention of one sequence, written out. qkv [T, heads + 2 kv, D] -> [T, heads * D].
-at::Tensor Naive(const at::Tensor& qkv) {
+at::Tensor Naive(const at::Tensor& qkv, const Case& c) {
   const int64_t length = qkv.size(0);
   const int64_t group = kHeads / kKvHeads;
   const at::Tensor q = qkv.narrow(1, 0, kHeads).transpose(0, 1);
   const at::Tensor k = qkv.narrow(1, kHeads, kKvHeads).transpose(0, 1).repeat_interleave(group, 0);
   const at::Tensor v = qkv.narrow(1, kHeads + kKvHeads, kKvHeads).transpose(0, 1).repeat_interleave(group, 0);
-  at::Tensor scores = at::matmul(q, k.transpose(1, 2)) / std::sqrt(static_cast<double>(kHeadDim));
-  scores = scores.masked_fill(at::ones({length, length}, at::kBool).triu(1), -INFINITY);
-  return at::matmul(scores.softmax(-1), v).transpose(0, 1).reshape({length, -1});
+  at::Tensor scores = at::matmul(q, k.transpose(1, 2)) * c.scale;
+  if (c.softcap > 0) scores = (scores / c.softcap).tanh() * c.softcap;
+  at::Tensor hidden = at::ones({length, length}, at::kBool).triu(1);
+  if (c.window > 0) hidden = hidden.logical_or(at::ones({length, length}, at::kBool).tril(-c.window));
+  return at::matmul(scores.masked_fill(hidden, -INFINITY).softmax(-1), v).transpose(0, 1).reshape({length, -1});
 }
 
 // Each response of each pair as a sequence of its own; rows of the packed result in packed order.
-at::Tensor NaiveOfPairs(const at::Tensor& qkv, const std::vector<PackedPair>& pairs) {
+at::Tensor NaiveOfPairs(const at::Tensor& qkv, const std::vector<PackedPair>& pairs, const Case& c) {
   std::vector<at::Tensor> parts;
   for (const PackedPair& pair : pairs) {
     const at::Tensor prefix = qkv.narrow(0, pair.begin, pair.prefix);
     const at::Tensor chosen = qkv.narrow(0, pair.begin + pair.prefix, pair.chosen_rest);
     const at::Tensor rejected = qkv.narrow(0, pair.begin + pair.prefix + pair.chosen_rest, pair.rejected_rest);
-    parts.push_back(Naive(at::cat({prefix, chosen})));
-    parts.push_back(Naive(at::cat({prefix, rejected})).narrow(0, pair.prefix, pair.rejected_rest));
+    parts.push_back(Naive(at::cat({prefix, chosen}), c));
+    parts.push_back(Naive(at::cat({prefix, rejected}), c).narrow(0, pair.prefix, pair.rejected_rest));
   }
   return at::cat(parts);
 }
@@ -41,16 +58,31 @@ at::Tensor NaiveOfPairs(const at::Tensor& qkv, const std::vector<PackedPair>& pa
 std::vector<PackedPair> SomePairs() {
   std::vector<PackedPair> pairs;
   int64_t begin = 0;
-  // Nothing shared; no rest on one side or on both; longer than one block of the kernel.
-  for (const auto& [prefix, chosen, rejected] : std::vector<std::array<int64_t, 3>>{
-           {5, 3, 4}, {0, 4, 2}, {7, 0, 3}, {6, 2, 0}, {1, 0, 0}, {40, 90, 70}, {1, 1, 1}}) {
+  // Nothing shared; no rest on one side or on both; longer than one block of the kernel; longer than the
+  // queries of one mask, with prefixes shorter and longer than that.
+  for (const auto& [prefix, chosen, rejected] : std::vector<std::array<int64_t, 3>>{{5, 3, 4},
+                                                                                    {0, 4, 2},
+                                                                                    {7, 0, 3},
+                                                                                    {6, 2, 0},
+                                                                                    {1, 0, 0},
+                                                                                    {40, 90, 70},
+                                                                                    {1, 1, 1},
+                                                                                    {30, 560, 600},
+                                                                                    {540, 20, 25}}) {
     pairs.push_back({.begin = begin, .prefix = prefix, .chosen_rest = chosen, .rejected_rest = rejected});
     begin += pairs.back().size();
   }
   return pairs;
 }
 
-TEST(PairAttention, EqualsEachSequenceAlone) {
+class PairAttentionOf : public testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(, PairAttentionOf,
+                         testing::Values(Case{"plain"}, Case{"window_of_one", 1}, Case{"short_window", 6},
+                                         Case{"window", 50}, Case{"long_window", 530}, Case{"endless_window", 5000},
+                                         Case{"softcap", 0, 2.0}, Case{"window_and_softcap", 50, 2.0, 0.4}),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(PairAttentionOf, EachSequenceAlone) {
   const std::vector<PackedPair> pairs = SomePairs();
   const int64_t rows = pairs.back().begin + pairs.back().size();
   const at::Tensor values =
@@ -59,8 +91,8 @@ TEST(PairAttention, EqualsEachSequenceAlone) {
   for (const auto& [dtype, tolerance] : {std::pair(at::kFloat, 2e-6), std::pair(at::kBFloat16, 2e-2)}) {
     at::Tensor qkv = values.to(dtype).detach().requires_grad_(true);
     at::Tensor qkv64 = values.to(dtype).to(at::kDouble).detach().requires_grad_(true);
-    const at::Tensor got = PairAttention(qkv, kHeads, kKvHeads, std::make_shared<const AttentionPlan>(pairs, dtype));
-    const at::Tensor want = NaiveOfPairs(qkv64, pairs);
+    const at::Tensor got = PairAttention(qkv, GetParam().config(), GetParam().Plan(pairs, dtype));
+    const at::Tensor want = NaiveOfPairs(qkv64, pairs, GetParam());
     EXPECT_LE((got.to(at::kDouble) - want).abs().max().item<double>(), tolerance * 2);
     got.backward(gy.to(dtype));
     want.backward(gy.to(dtype).to(at::kDouble));
@@ -70,17 +102,17 @@ TEST(PairAttention, EqualsEachSequenceAlone) {
 }
 
 // No token of one pair, and none of chosen and rejected, ever reaches the other.
-TEST(PairAttention, NothingLeaks) {
+TEST_P(PairAttentionOf, NothingLeaks) {
   const std::vector<PackedPair> pairs = SomePairs();
   const PackedPair& pair = pairs.front();
   const int64_t rows = pairs.back().begin + pairs.back().size();
-  const auto plan = std::make_shared<const AttentionPlan>(pairs, at::kFloat);
+  const auto plan = GetParam().Plan(pairs, at::kFloat);
   const at::Tensor qkv =
       at::randn({rows, kHeads + 2 * kKvHeads, kHeadDim}, at::detail::createCPUGenerator(8), at::kFloat);
-  const at::Tensor before = PairAttention(qkv, kHeads, kKvHeads, plan);
+  const at::Tensor before = PairAttention(qkv, GetParam().config(), plan);
   at::Tensor changed = qkv.clone();
   changed.narrow(0, pair.prefix, pair.chosen_rest).add_(10);  // the chosen rest of the first pair
-  const at::Tensor after = PairAttention(changed, kHeads, kKvHeads, plan);
+  const at::Tensor after = PairAttention(changed, GetParam().config(), plan);
   EXPECT_TRUE(at::equal(after.narrow(0, 0, pair.prefix), before.narrow(0, 0, pair.prefix)));
   EXPECT_FALSE(
       at::equal(after.narrow(0, pair.prefix, pair.chosen_rest), before.narrow(0, pair.prefix, pair.chosen_rest)));
@@ -88,17 +120,26 @@ TEST(PairAttention, NothingLeaks) {
   EXPECT_TRUE(at::equal(after.narrow(0, rest, rows - rest), before.narrow(0, rest, rows - rest)));
 }
 
+// No mask is quadratic in the length of a sequence.
+TEST(AttentionPlan, MasksStayNarrow) {
+  const AttentionPlan plan({{.begin = 0, .prefix = 20000, .chosen_rest = 100, .rejected_rest = 9000}}, {0, 64},
+                           at::kBFloat16);
+  EXPECT_LE(plan.Mask(0, 20000, 512, 0).storage().nbytes(), 2u * 512 * (29000 + 512));
+  EXPECT_LE(plan.Mask(64, 20000, 512, 20000 - 63).storage().nbytes(), 2u * 512 * (64 + 512));
+}
+
 TEST(RotaryAngles, FollowTheirFormulas) {
   const at::Tensor positions = at::tensor({0, 1, 7, 1000}, at::kLong);
-  const RopeConfig plain{.theta = 10000};
-  RopeConfig linear = plain;
-  linear.type = "linear";
-  linear.factor = 4;
-  RopeConfig llama3{.theta = 500000, .type = "llama3", .factor = 8, .original_max_position_embeddings = 8192};
   constexpr int64_t kDim = 64;
-  const at::Tensor cos = ComputeRotaryAngles(plain, kDim, positions).cos_TD;
-  const at::Tensor sin = ComputeRotaryAngles(plain, kDim, positions).sin_TD;
-  const at::Tensor stretched = ComputeRotaryAngles(linear, kDim, positions).sin_TD;
+  ModelConfig plain;
+  plain.head_dim = kDim;
+  ModelConfig linear = plain;
+  linear.rope = {.type = "linear", .factor = 4};
+  ModelConfig llama3 = plain;
+  llama3.rope = {.theta = 500000, .type = "llama3", .factor = 8, .original_max_position_embeddings = 8192};
+  const at::Tensor cos = ComputeRotaryAngles(plain, positions).cos_TR;
+  const at::Tensor sin = ComputeRotaryAngles(plain, positions).sin_TR;
+  const at::Tensor stretched = ComputeRotaryAngles(linear, positions).sin_TR;
   for (int64_t p = 0; p < positions.numel(); ++p) {
     for (int64_t i = 0; i < kDim / 2; ++i) {
       const double angle = positions[p].item<double>() / std::pow(10000.0, 2.0 * static_cast<double>(i) / kDim);
@@ -109,7 +150,7 @@ TEST(RotaryAngles, FollowTheirFormulas) {
   }
   // Llama 3.1: the shortest wavelengths are kept, the longest divided by the factor.
   const at::Tensor one = at::tensor({1}, at::kLong);
-  const at::Tensor angles = at::asin(ComputeRotaryAngles(llama3, kDim, one).sin_TD[0]);
+  const at::Tensor angles = at::asin(ComputeRotaryAngles(llama3, one).sin_TR[0]);
   EXPECT_NEAR(angles[1].item<double>(), std::pow(500000.0, -2.0 / kDim), 1e-6);
   EXPECT_NEAR(angles[31].item<double>() * 8, std::pow(500000.0, -62.0 / kDim), 1e-9);
 }

@@ -62,7 +62,15 @@ at::Tensor Golden::Tensor(const std::string& name) const {
 
 const Json& Golden::Trajectory(const std::string& name) const { return numbers.at("trajectories").at(name); }
 
-std::vector<std::string> GoldenModels() { return {"untied", "tied"}; }
+std::vector<std::string> GoldenModels() {
+  std::vector<std::string> models = GoldenFamilies();
+  models.insert(models.begin(), {"untied", "tied"});
+  return models;
+}
+
+std::vector<std::string> GoldenFamilies() {
+  return {"mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "dynamic"};
+}
 
 std::vector<std::pair<std::string, std::string>> GoldenTrajectories() {
   return {{"untied", "sigmoid_cosine"},

@@ -35,8 +35,10 @@ struct Golden {
   const nlohmann::json& Trajectory(const std::string& name) const;
 };
 
-// The models, and their trajectories as (model, trajectory).
+// All models; those of other families than Llama, with one trajectory "five_steps" each; and the
+// trajectories of 20 steps as (model, trajectory).
 std::vector<std::string> GoldenModels();
+std::vector<std::string> GoldenFamilies();
 std::vector<std::pair<std::string, std::string>> GoldenTrajectories();
 
 SimpoLoss LossOf(const nlohmann::json& loss);

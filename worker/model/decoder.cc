@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -47,48 +48,88 @@ Decoder::Decoder(const ModelConfig& config, const ShardedParams& params) : confi
   embedding_ = params.Find("model.embed_tokens.weight");
   final_norm_ = params.Find("model.norm.weight");
   head_ = config.tie_word_embeddings ? embedding_ : params.Find("lm_head.weight");
+  const bool fused = config.fused_projections;
+  const std::vector<std::string> qkv =
+      fused ? std::vector<std::string>{"qkv_proj"} : std::vector<std::string>{"q_proj", "k_proj", "v_proj"};
+  const std::vector<std::string> gate_up =
+      fused ? std::vector<std::string>{"gate_up_proj"} : std::vector<std::string>{"gate_proj", "up_proj"};
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
-    layers_.push_back({.input_norm = params.Find(prefix + "input_layernorm.weight"),
-                       .post_attention_norm = params.Find(prefix + "post_attention_layernorm.weight"),
-                       .qkv = MakeProjection(params, prefix + "self_attn.", {"q_proj", "k_proj", "v_proj"}),
+    const auto norm = [&](const char* name) {
+      return name == nullptr ? WeightRef{} : params.Find(absl::StrCat(prefix, name, ".weight"));
+    };
+    const bool qk_norm = config.qk_norm != QkNorm::kNone;
+    layers_.push_back({.norm_before_attention = norm(config.layer_norms.before_attention),
+                       .norm_after_attention = norm(config.layer_norms.after_attention),
+                       .norm_before_mlp = norm(config.layer_norms.before_mlp),
+                       .norm_after_mlp = norm(config.layer_norms.after_mlp),
+                       .q_norm = norm(qk_norm ? "self_attn.q_norm" : nullptr),
+                       .k_norm = norm(qk_norm ? "self_attn.k_norm" : nullptr),
+                       .qkv = MakeProjection(params, prefix + "self_attn.", qkv),
                        .output = MakeProjection(params, prefix + "self_attn.", {"o_proj"}),
-                       .gate_up = MakeProjection(params, prefix + "mlp.", {"gate_proj", "up_proj"}),
+                       .gate_up = MakeProjection(params, prefix + "mlp.", gate_up),
                        .down = MakeProjection(params, prefix + "mlp.", {"down_proj"})});
   }
 }
 
-BatchContext Decoder::MakeContext(const PackedBatch& batch, at::ScalarType compute_dtype) const {
-  return {.rotary = ComputeRotaryAngles(config_.rope, config_.head_dim, batch.positions_T),
-          .attention = std::make_shared<const AttentionPlan>(batch.pairs, compute_dtype)};
+BatchContext Decoder::MakeContext(const PackedBatch& batch, at::ScalarType compute_dtype, at::Device device) const {
+  RotaryAngles rotary = ComputeRotaryAngles(config_, batch);
+  const std::vector<int64_t> windows = config_.windows.empty() ? std::vector<int64_t>{0} : config_.windows;
+  return {.rotary = {.cos_TR = rotary.cos_TR.to(device), .sin_TR = rotary.sin_TR.to(device)},
+          .attention = std::make_shared<const AttentionPlan>(batch.pairs, windows, compute_dtype, device)};
+}
+
+double Decoder::EmbeddingScale(at::ScalarType dtype) const {
+  if (!config_.scaled_embeddings) return 1;
+  // Rounded as the embeddings are, which Gemma was trained with: in bf16 the root of 3072 is 55.5.
+  const double root = std::sqrt(static_cast<double>(config_.hidden_size));
+  return at::scalar_tensor(root, at::TensorOptions(dtype)).item<double>();
 }
 
 at::Tensor Decoder::Embed(const at::Tensor& input_ids_T) const {
-  return simpo::Embed(embedding_->value(), input_ids_T);
+  const at::Tensor table = embedding_->value();
+  const at::Tensor rows_TH = simpo::Embed(table, input_ids_T.to(table.device()));
+  const double scale = EmbeddingScale(table.scalar_type());
+  return scale == 1 ? rows_TH : rows_TH * scale;
 }
 
 void Decoder::EmbedBackward(const at::Tensor& grad_TH, const at::Tensor& input_ids_T) const {
+  const double scale = EmbeddingScale(grad_TH.scalar_type());
   // transformers makes the embedding with padding_idx: that row has no gradient as an input.
-  simpo::EmbedBackward(grad_TH, input_ids_T, config_.pad_token_id.value_or(-1), embedding_->grad());
+  simpo::EmbedBackward(scale == 1 ? grad_TH : grad_TH * scale, input_ids_T.to(grad_TH.device()),
+                       config_.pad_token_id.value_or(-1), embedding_->grad());
+}
+
+at::Tensor Decoder::Norm(const at::Tensor& x_TH, const WeightRef& weight) const {
+  return weight ? RmsNorm(x_TH, weight, config_.norm_style, config_.rms_norm_eps) : x_TH;
 }
 
 at::Tensor Decoder::Layer(int64_t index, const at::Tensor& x_TH, const BatchContext& context) const {
   const LayerWeights& layer = layers_[index];
   const int64_t heads = config_.num_heads;
   const int64_t kv_heads = config_.num_kv_heads;
+  const double divisor =
+      config_.query_pre_attn_scalar > 0 ? config_.query_pre_attn_scalar : static_cast<double>(config_.head_dim);
+  const AttentionConfig attention{.heads = heads,
+                                  .kv_heads = kv_heads,
+                                  .scale = 1 / std::sqrt(divisor),
+                                  .window = config_.Window(index),
+                                  .softcap = config_.attn_logit_softcapping};
 
-  const at::Tensor attention_input = RmsNorm(x_TH, layer.input_norm, config_.rms_norm_eps);
-  const at::Tensor qkv = Project(attention_input, layer.qkv).view({-1, heads + 2 * kv_heads, config_.head_dim});
-  const at::Tensor rotated = ApplyRotary(qkv, heads + kv_heads, context.rotary.cos_TD, context.rotary.sin_TD);
-  const at::Tensor attended = PairAttention(rotated, heads, kv_heads, context.attention);
-  const at::Tensor after_attention = x_TH + Project(attended, layer.output);
+  const at::Tensor attention_input = Norm(x_TH, layer.norm_before_attention);
+  at::Tensor qkv = Project(attention_input, layer.qkv).view({-1, heads + 2 * kv_heads, config_.head_dim});
+  if (layer.q_norm) {
+    qkv = QkNorms(qkv, heads, kv_heads, layer.q_norm, layer.k_norm, config_.norm_style, config_.rms_norm_eps);
+  }
+  const at::Tensor rotated = ApplyRotary(qkv, heads + kv_heads, context.rotary.cos_TR, context.rotary.sin_TR);
+  const at::Tensor attended = Project(PairAttention(rotated, attention, context.attention), layer.output);
+  const at::Tensor after_attention = x_TH + Norm(attended, layer.norm_after_attention);
 
-  const at::Tensor mlp_input = RmsNorm(after_attention, layer.post_attention_norm, config_.rms_norm_eps);
-  return after_attention + Project(SwiGlu(Project(mlp_input, layer.gate_up)), layer.down);
+  const at::Tensor mlp_input = Norm(after_attention, layer.norm_before_mlp);
+  const at::Tensor gated = GatedActivation(Project(mlp_input, layer.gate_up), config_.activation);
+  return after_attention + Norm(Project(gated, layer.down), layer.norm_after_mlp);
 }
 
-at::Tensor Decoder::FinalNorm(const at::Tensor& rows_NH) const {
-  return RmsNorm(rows_NH, final_norm_, config_.rms_norm_eps);
-}
+at::Tensor Decoder::FinalNorm(const at::Tensor& rows_NH) const { return Norm(rows_NH, final_norm_); }
 
 }  // namespace simpo

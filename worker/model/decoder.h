@@ -28,9 +28,10 @@ struct Projection {
   std::vector<WeightRef> biases;  // as many, or none
 };
 
-// One decoder layer's weights.
+// One decoder layer's weights; null where the family has none.
 struct LayerWeights {
-  WeightRef input_norm, post_attention_norm;
+  WeightRef norm_before_attention, norm_after_attention, norm_before_mlp, norm_after_mlp;
+  WeightRef q_norm, k_norm;
   Projection qkv, output, gate_up, down;
 };
 
@@ -43,8 +44,8 @@ class Decoder {
   int64_t num_layers() const { return config_.num_layers; }
   const ModelConfig& config() const { return config_; }
 
-  BatchContext MakeContext(const PackedBatch& batch, at::ScalarType compute_dtype) const;
-  // hidden_TH of the input ids.
+  BatchContext MakeContext(const PackedBatch& batch, at::ScalarType compute_dtype, at::Device device = at::kCPU) const;
+  // hidden_TH of the input ids, which may be on any device.
   at::Tensor Embed(const at::Tensor& input_ids_T) const;
   void EmbedBackward(const at::Tensor& grad_TH, const at::Tensor& input_ids_T) const;
   // One layer; builds a graph if x requires gradients and gradient mode is on.
@@ -54,6 +55,11 @@ class Decoder {
   const WeightRef& head() const { return head_; }
 
  private:
+  // Of how embeddings are scaled in a model of `dtype`: 1 where they are not.
+  double EmbeddingScale(at::ScalarType dtype) const;
+  // x as it is where the family has no such norm.
+  at::Tensor Norm(const at::Tensor& x_TH, const WeightRef& weight) const;
+
   ModelConfig config_;
   WeightRef embedding_, final_norm_, head_;
   std::vector<LayerWeights> layers_;

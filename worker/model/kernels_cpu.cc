@@ -81,35 +81,52 @@ void ForDtype(const at::Tensor& tensor, Body body) {
   }
 }
 
+// Rows of the last dimension: those of one t lie side by side, the t at any distance.
+struct Rows {
+  int64_t per_t, size, stride, count;
+  explicit Rows(const at::Tensor& x)
+      : per_t(x.dim() == 3 ? x.size(1) : 1), size(x.size(-1)), stride(x.stride(0)), count(x.size(0) * per_t) {
+    TORCH_CHECK(x.stride(-1) == 1 && (per_t == 1 || x.stride(1) == size), "rows of one t must lie together");
+  }
+  int64_t Offset(int64_t row) const { return row / per_t * stride + row % per_t * size; }
+};
+
+float Offset(NormStyle style) { return style == NormStyle::kOnePlusWeight ? 1.0f : 0.0f; }
+bool RoundsFirst(NormStyle style) { return style == NormStyle::kRoundThenScale; }
+
 }  // namespace
 
-void RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps, at::Tensor y, at::Tensor rstd_T) {
-  const int64_t size = x.size(1);
+void RmsNorm(const at::Tensor& x, const at::Tensor& weight, NormStyle style, double eps, at::Tensor y,
+             at::Tensor rstd) {
+  const Rows in(x);
+  const Rows out(y);
   ForDtype(x, [&]<typename T>() {
     const auto row = BestRowKernels<T>().rms_norm;
-    at::parallel_for(0, x.size(0), GrainRows(size), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        Ptr<float>(rstd_T)[t] =
-            row(Ptr<T>(x) + t * size, Ptr<T>(weight), static_cast<float>(eps), size, Ptr<T>(y) + t * size);
+    at::parallel_for(0, in.count, GrainRows(in.size), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        Ptr<float>(rstd)[r] = row(Ptr<T>(x) + in.Offset(r), Ptr<T>(weight), Offset(style), RoundsFirst(style),
+                                  static_cast<float>(eps), in.size, Ptr<T>(y) + out.Offset(r));
       }
     });
   });
 }
 
-void RmsNormBackward(const at::Tensor& gy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& rstd_T,
-                     at::Tensor gx, at::Tensor weight_grad) {
-  const int64_t rows = x.size(0);
-  const int64_t size = x.size(1);
+void RmsNormBackward(const at::Tensor& gy, const at::Tensor& x, const at::Tensor& weight, NormStyle style,
+                     const at::Tensor& rstd, at::Tensor gx, at::Tensor weight_grad) {
+  const Rows grad(gy);
+  const Rows in(x);
+  const Rows out(gx);
+  const int64_t size = in.size;
   // Each task sums its rows' share of the weight's gradient apart; the shares are added in order.
-  const int64_t tasks = std::clamp<int64_t>(rows / GrainRows(size), 1, at::get_num_threads());
+  const int64_t tasks = std::clamp<int64_t>(in.count / GrainRows(size), 1, at::get_num_threads());
   at::Tensor partial = at::zeros({tasks, size}, at::kFloat);
   ForDtype(x, [&]<typename T>() {
     const auto row = BestRowKernels<T>().rms_norm_backward;
     at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        for (int64_t t = rows * task / tasks; t < rows * (task + 1) / tasks; ++t) {
-          row(Ptr<T>(gy) + t * size, Ptr<T>(x) + t * size, Ptr<T>(weight), Ptr<float>(rstd_T)[t], size,
-              Ptr<T>(gx) + t * size, Ptr<float>(partial) + task * size);
+        for (int64_t r = in.count * task / tasks; r < in.count * (task + 1) / tasks; ++r) {
+          row(Ptr<T>(gy) + grad.Offset(r), Ptr<T>(x) + in.Offset(r), Ptr<T>(weight), Offset(style), Ptr<float>(rstd)[r],
+              size, Ptr<T>(gx) + out.Offset(r), Ptr<float>(partial) + task * size);
         }
       }
     });
@@ -117,10 +134,11 @@ void RmsNormBackward(const at::Tensor& gy, const at::Tensor& x, const at::Tensor
   for (int64_t task = 0; task < tasks; ++task) weight_grad.add_(partial[task]);
 }
 
-void SwiGlu(const at::Tensor& gate_up, at::Tensor y) {
+void GatedActivation(const at::Tensor& gate_up, Activation activation, at::Tensor y) {
   const int64_t width = y.size(1);
   ForDtype(gate_up, [&]<typename T>() {
-    const auto row = BestRowKernels<T>().swiglu;
+    const RowKernels<T>& table = BestRowKernels<T>();
+    const auto row = activation == Activation::kSilu ? table.swiglu : table.geglu;
     at::parallel_for(0, y.size(0), GrainRows(width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const T* gate = Ptr<T>(gate_up) + t * 2 * width;
@@ -130,10 +148,12 @@ void SwiGlu(const at::Tensor& gate_up, at::Tensor y) {
   });
 }
 
-void SwiGluBackward(const at::Tensor& gy, const at::Tensor& gate_up, at::Tensor grad_gate_up) {
+void GatedActivationBackward(const at::Tensor& gy, const at::Tensor& gate_up, Activation activation,
+                             at::Tensor grad_gate_up) {
   const int64_t width = gy.size(1);
   ForDtype(gate_up, [&]<typename T>() {
-    const auto row = BestRowKernels<T>().swiglu_backward;
+    const RowKernels<T>& table = BestRowKernels<T>();
+    const auto row = activation == Activation::kSilu ? table.swiglu_backward : table.geglu_backward;
     at::parallel_for(0, gy.size(0), GrainRows(width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const T* gate = Ptr<T>(gate_up) + t * 2 * width;
@@ -144,11 +164,11 @@ void SwiGluBackward(const at::Tensor& gy, const at::Tensor& gate_up, at::Tensor 
   });
 }
 
-void Rotary(const at::Tensor& x, int64_t heads, const at::Tensor& cos_TD, const at::Tensor& sin_TD, bool inverse,
+void Rotary(const at::Tensor& x, int64_t heads, const at::Tensor& cos_TR, const at::Tensor& sin_TR, bool inverse,
             at::Tensor y) {
   const int64_t all_heads = x.size(1);
   const int64_t head_dim = x.size(2);
-  const int64_t half = head_dim / 2;
+  const int64_t pairs = cos_TR.size(1);
   TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == head_dim, "heads of a row must lie together");
   ForDtype(x, [&]<typename T>() {
     const auto rotate = BestRowKernels<T>().rotate;
@@ -157,11 +177,23 @@ void Rotary(const at::Tensor& x, int64_t heads, const at::Tensor& cos_TD, const 
         const T* in = Ptr<T>(x) + t * x.stride(0);
         T* out = Ptr<T>(y) + t * all_heads * head_dim;
         for (int64_t h = 0; h < heads; ++h) {
-          rotate(in + h * head_dim, Ptr<float>(cos_TD) + t * half, Ptr<float>(sin_TD) + t * half, half,
-                 inverse ? -1.0f : 1.0f, out + h * head_dim);
+          const T* head = in + h * head_dim;
+          rotate(head, Ptr<float>(cos_TR) + t * pairs, Ptr<float>(sin_TR) + t * pairs, pairs, inverse ? -1.0f : 1.0f,
+                 out + h * head_dim);
+          std::copy(head + 2 * pairs, head + head_dim, out + h * head_dim + 2 * pairs);
         }
         std::copy(in + heads * head_dim, in + all_heads * head_dim, out + heads * head_dim);
       }
+    });
+  });
+}
+
+void SoftcapInPlace(at::Tensor logits, double cap) {
+  const int64_t vocab = logits.size(1);
+  ForDtype(logits, [&]<typename T>() {
+    const auto row = BestRowKernels<T>().softcap;
+    at::parallel_for(0, logits.size(0), GrainRows(vocab), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) row(Ptr<T>(logits) + n * vocab, vocab, static_cast<float>(cap));
     });
   });
 }
@@ -178,13 +210,14 @@ void LogitStats(const at::Tensor& logits, at::Tensor lse_N, at::Tensor mean_N) {
   });
 }
 
-void ScaledSoftmaxInPlace(at::Tensor logits, const at::Tensor& lse_N, const at::Tensor& scale_N) {
+void ScaledSoftmaxInPlace(at::Tensor logits, const at::Tensor& lse_N, const at::Tensor& scale_N, double softcap) {
   const int64_t vocab = logits.size(1);
+  const float inverse_cap = softcap > 0 ? static_cast<float>(1 / softcap) : 0.0f;
   ForDtype(logits, [&]<typename T>() {
     const auto row = BestRowKernels<T>().scaled_softmax;
     at::parallel_for(0, logits.size(0), GrainRows(vocab), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        row(Ptr<T>(logits) + n * vocab, vocab, Ptr<float>(lse_N)[n], Ptr<float>(scale_N)[n]);
+        row(Ptr<T>(logits) + n * vocab, vocab, Ptr<float>(lse_N)[n], Ptr<float>(scale_N)[n], inverse_cap);
       }
     });
   });

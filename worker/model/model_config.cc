@@ -2,20 +2,22 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/status_macros.h"
 #include "worker/model/json_fields.h"
+#include "worker/model/model_families.h"
 
 namespace simpo {
 namespace {
 
 using Json = nlohmann::json;
 
-// Families whose code in transformers is the Llama decoder.
-constexpr std::array<const char*, 2> kFamilies = {"llama", "mistral"};
 constexpr std::array<const char*, 3> kDtypes = {"float32", "bfloat16", "float16"};
 constexpr int64_t kMaxConfigBytes = 4 << 20;
 
@@ -28,53 +30,118 @@ constexpr int64_t kMaxHeads = 1 << 12;
 constexpr int64_t kMaxHeadDim = 1 << 12;
 constexpr int64_t kMaxPositions = int64_t{1} << 40;
 
-// What the family's class in transformers assumes where config.json is silent.
-constexpr int64_t kLlamaPositions = 2048;
-constexpr int64_t kMistralPositions = 131072;
-constexpr int64_t kMistralWindow = 4096;
-
 template <size_t n>
 bool IsOneOf(const std::string& value, const std::array<const char*, n>& list) {
   return std::find(list.begin(), list.end(), value) != list.end();
 }
 
-void ReadSizes(JsonFields& fields, ModelConfig* config) {
-  const bool mistral = config->model_type == "mistral";
+// Whether the file says null, which is not the same as saying nothing where the family has a default.
+bool IsNull(const Json& json, const char* key) { return json.contains(key) && json[key].is_null(); }
+
+void ReadSizes(const Json& json, JsonFields& fields, const Family& family, ModelConfig* config) {
   config->vocab_size = fields.Integer("vocab_size", 1, kMaxVocab);
   config->hidden_size = fields.Integer("hidden_size", 1, kMaxHidden);
   config->intermediate_size = fields.Integer("intermediate_size", 1, kMaxIntermediate);
   config->num_layers = fields.Integer("num_hidden_layers", 1, kMaxLayers);
   config->num_heads = fields.Integer("num_attention_heads", 1, kMaxHeads);
   config->max_position_embeddings =
-      fields.Integer("max_position_embeddings", 1, kMaxPositions, mistral ? kMistralPositions : kLlamaPositions);
+      fields.Integer("max_position_embeddings", 1, kMaxPositions, config->max_position_embeddings);
   if (!fields.status().ok()) return;
 
-  // Mistral's class has a default of its own, so there the field must be written.
-  config->num_kv_heads = mistral ? fields.Integer("num_key_value_heads", 1, config->num_heads)
-                                 : fields.Integer("num_key_value_heads", 1, config->num_heads, config->num_heads);
+  const bool needed = family.num_kv_heads_needed && !IsNull(json, "num_key_value_heads");
+  config->num_kv_heads = fields.Integer("num_key_value_heads", 1, config->num_heads,
+                                        needed ? std::nullopt : std::optional(config->num_heads));
   if (config->num_kv_heads > 0 && config->num_heads % config->num_kv_heads != 0) {
     fields.Fail("num_key_value_heads",
                 absl::StrCat(config->num_kv_heads, " does not divide num_attention_heads ", config->num_heads));
   }
   if (fields.Has("head_dim")) {
     config->head_dim = fields.Integer("head_dim", 2, kMaxHeadDim);
-  } else if (config->hidden_size % config->num_heads == 0) {
+  } else if (config->head_dim == 0 && config->hidden_size % config->num_heads == 0) {
     config->head_dim = config->hidden_size / config->num_heads;
-  } else {
+  } else if (config->head_dim == 0) {
     fields.Fail("num_attention_heads",
                 absl::StrCat(config->num_heads, " does not divide hidden_size ", config->hidden_size));
   }
-  if (config->head_dim % 2 != 0) {
-    fields.Fail("head_dim", absl::StrCat(config->head_dim, " is odd; rotary positions need pairs"));
+}
+
+// The windows of a family with layer_types; without the list, Qwen's begin at max_window_layers and
+// Gemma 2's are every other layer's, the first one's included.
+void ReadListedWindows(JsonFields& fields, int64_t window, ModelConfig* config) {
+  const bool gemma2 = config->model_type == "gemma2";
+  std::vector<bool> sliding(config->num_layers);
+  if (fields.Has("layer_types")) {
+    const Json& types = fields.Array("layer_types");
+    if (static_cast<int64_t>(types.size()) != config->num_layers) {
+      fields.Fail("layer_types", absl::StrCat("has ", types.size(), " entries for ", config->num_layers, " layers"));
+      return;
+    }
+    for (int64_t i = 0; i < config->num_layers; ++i) {
+      sliding[i] = types[i] == "sliding_attention";
+      if (!sliding[i] && types[i] != "full_attention") {
+        fields.Fail("layer_types", absl::StrCat(types[i].dump(),
+                                                " is not supported (full_attention and "
+                                                "sliding_attention are)"));
+      }
+    }
+  } else {
+    const int64_t first = gemma2 ? 0 : fields.Integer("max_window_layers", 0, kMaxPositions, 28);
+    for (int64_t i = 0; i < config->num_layers; ++i) {
+      sliding[i] = gemma2 ? i % 2 == 0 : window > 0 && i >= first;
+    }
+  }
+  config->windows.assign(config->num_layers, 0);
+  for (int64_t i = 0; i < config->num_layers; ++i) {
+    if (!sliding[i]) continue;
+    if (window == 0) fields.Fail("sliding_window", absl::StrCat("is none, but layer ", i, " has sliding attention"));
+    config->windows[i] = window;
   }
 }
 
-// Features that would change the model's result without changing its tensors.
-void RefuseUnsupported(const Json& json, JsonFields& fields, const ModelConfig& config) {
-  const std::string activation = fields.Text("hidden_act", "silu");
-  if (activation != "silu") {
-    fields.Fail("hidden_act", absl::StrCat("'", activation, "' is not supported (silu is)"));
+void ReadWindows(const Json& json, JsonFields& fields, const Family& family, ModelConfig* config) {
+  if (family.window_rule != WindowRule::kListed && fields.Has("layer_types")) {
+    for (const Json& type : fields.Array("layer_types")) {
+      if (family.window_rule == WindowRule::kNoLayer && type == "full_attention") continue;
+      fields.Fail("layer_types", absl::StrCat(type.dump(), " is not supported for ", config->model_type));
+    }
   }
+  if (family.window_rule == WindowRule::kNoLayer) return;
+  const int64_t fallback = IsNull(json, "sliding_window") ? 0 : family.sliding_window;
+  int64_t window = fields.Has("sliding_window") ? fields.Integer("sliding_window", 1, kMaxPositions) : fallback;
+  if (family.window_rule == WindowRule::kListed) {
+    const bool qwen = config->model_type != "gemma2";
+    if (qwen && !fields.Bool("use_sliding_window", false)) window = 0;
+    return ReadListedWindows(fields, window, config);
+  }
+  if (window > 0) config->windows.assign(config->num_layers, window);
+}
+
+void ReadActivation(JsonFields& fields, const Family& family, ModelConfig* config) {
+  const std::string fallback = config->activation == Activation::kSilu ? "silu" : "gelu_pytorch_tanh";
+  const std::string name = fields.Text(family.activation_field, fallback);
+  if (name == "silu") {
+    config->activation = Activation::kSilu;
+  } else if (name == "gelu_pytorch_tanh" || (name == "gelu" && config->model_type == "gemma")) {
+    config->activation = Activation::kGeluTanh;  // which is what Gemma's first files mean by gelu
+  } else {
+    fields.Fail(family.activation_field,
+                absl::StrCat("'", name, "' is not supported (silu and gelu_pytorch_tanh are)"));
+  }
+}
+
+// Gemma 2's numbers; null means none.
+void ReadScoreScaling(const Json& json, JsonFields& fields, ModelConfig* config) {
+  if (config->query_pre_attn_scalar == 0) return;
+  config->query_pre_attn_scalar = fields.Positive("query_pre_attn_scalar", config->query_pre_attn_scalar);
+  const auto cap = [&](const char* key, double fallback) {
+    return IsNull(json, key) ? 0 : fields.Positive(key, fallback);
+  };
+  config->attn_logit_softcapping = cap("attn_logit_softcapping", config->attn_logit_softcapping);
+  config->final_logit_softcapping = cap("final_logit_softcapping", config->final_logit_softcapping);
+}
+
+// Features that would change the model's result without changing its tensors.
+void RefuseUnsupported(JsonFields& fields, const ModelConfig& config) {
   if (!IsOneOf(config.dtype, kDtypes)) {
     fields.Fail("dtype",
                 absl::StrCat("'", config.dtype, "' is not supported (", absl::StrJoin(kDtypes, ", "), " are)"));
@@ -82,17 +149,91 @@ void RefuseUnsupported(const Json& json, JsonFields& fields, const ModelConfig& 
   if (fields.Has("quantization_config")) {
     fields.Fail("quantization_config", "quantised weights cannot be trained; use the original model");
   }
-  if (config.model_type != "mistral") return;
-  const bool none = json.contains("sliding_window") && json["sliding_window"].is_null();
-  const int64_t window = none ? kMaxPositions : fields.Integer("sliding_window", 1, kMaxPositions, kMistralWindow);
-  if (window < config.max_position_embeddings) {
-    fields.Fail("sliding_window", absl::StrCat("a window of ", window, ", shorter than max_position_embeddings ",
-                                               config.max_position_embeddings, ", is not supported"));
+  if (fields.Has("use_bidirectional_attention") && fields.Bool("use_bidirectional_attention", false)) {
+    fields.Fail("use_bidirectional_attention", "only causal attention is supported");
+  }
+}
+
+// A list of one factor per rotated pair of dimensions.
+std::vector<double> Factors(JsonFields& fields, const char* key, int64_t pairs) {
+  std::vector<double> factors;
+  for (const Json& item : fields.Array(key)) {
+    const double value = item.is_number() ? item.get<double>() : 0;
+    if (!(value > 0)) fields.Fail(key, "must be numbers above 0");
+    factors.push_back(value);
+  }
+  if (static_cast<int64_t>(factors.size()) != pairs) {
+    fields.Fail(key, absl::StrCat("has ", factors.size(), " entries; the heads have ", pairs, " rotated pairs"));
+  }
+  return factors;
+}
+
+// YaRN (arXiv 2309.00071).
+void ReadYarn(JsonFields& fields, RopeConfig* rope) {
+  const auto scale = [&](double mscale) {
+    return rope->factor <= 1 ? 1.0 : 0.1 * mscale * std::log(rope->factor) + 1.0;
+  };
+  double attention = scale(1);
+  if (fields.Has("mscale") && fields.Has("mscale_all_dim")) {
+    attention = scale(fields.Positive("mscale")) / scale(fields.Positive("mscale_all_dim"));
+  }
+  rope->attention_factor = fields.Positive("attention_factor", attention);
+  rope->beta_fast = fields.Positive("beta_fast", rope->beta_fast);
+  rope->beta_slow = fields.Positive("beta_slow", rope->beta_slow);
+  rope->truncate = fields.Bool("truncate", true);
+}
+
+// LongRoPE (arXiv 2402.13753).
+void ReadLongRope(JsonFields& fields, const ModelConfig& config, RopeConfig* rope) {
+  const auto original = static_cast<double>(rope->original_max_position_embeddings);
+  rope->factor = fields.Positive("factor", static_cast<double>(config.max_position_embeddings) / original);
+  const double attention = rope->factor <= 1 ? 1.0 : std::sqrt(1 + std::log(rope->factor) / std::log(original));
+  rope->attention_factor = fields.Positive("attention_factor", attention);
+  rope->short_factor = Factors(fields, "short_factor", config.RotaryPairs());
+  rope->long_factor = Factors(fields, "long_factor", config.RotaryPairs());
+}
+
+// What the type of scaling asks for. Phi-3 has LongRoPE only, once called su and yarn, and keeps the
+// original length beside the other fields of config.json.
+void ReadScaling(JsonFields& top, JsonFields& fields, ModelConfig* config) {
+  RopeConfig& rope = config->rope;
+  const bool phi3 = config->model_type == "phi3";
+  if (phi3 && (rope.type == "su" || rope.type == "yarn")) rope.type = "longrope";
+  constexpr std::array<const char*, 5> kTypes = {"default", "linear", "dynamic", "llama3", "yarn"};
+  constexpr std::array<const char*, 2> kPhi3Types = {"default", "longrope"};
+  if (phi3 ? !IsOneOf(rope.type, kPhi3Types) : !IsOneOf(rope.type, kTypes)) {
+    const std::string supported = phi3 ? absl::StrJoin(kPhi3Types, ", ") : absl::StrJoin(kTypes, ", ");
+    fields.Fail("rope_type",
+                absl::StrCat("'", rope.type, "' is not supported for ", config->model_type, " (", supported, " are)"));
+    return;
+  }
+  if (rope.type == "default") return;
+  if (phi3) {
+    rope.original_max_position_embeddings =
+        top.Integer("original_max_position_embeddings", 2, kMaxPositions, rope.original_max_position_embeddings);
+    return ReadLongRope(fields, *config, &rope);
+  }
+  rope.factor = fields.Positive("factor");
+  rope.original_max_position_embeddings = config->max_position_embeddings;
+  if (rope.type == "dynamic" && config->RotaryPairs() < 2) {
+    fields.Fail("rope_type", "'dynamic' needs heads of more than 2 dimensions");
+  }
+  if (rope.type == "llama3" || rope.type == "yarn") {
+    rope.original_max_position_embeddings =
+        fields.Integer("original_max_position_embeddings", 1, kMaxPositions, config->max_position_embeddings);
+  }
+  if (rope.type == "yarn") ReadYarn(fields, &rope);
+  if (rope.type == "llama3") {
+    rope.low_freq_factor = fields.Positive("low_freq_factor");
+    rope.high_freq_factor = fields.Positive("high_freq_factor");
+    if (rope.high_freq_factor <= rope.low_freq_factor) {
+      fields.Fail("high_freq_factor", "must be above low_freq_factor");
+    }
   }
 }
 
 // transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
-RopeConfig ReadRope(const Json& json, JsonFields& top, const std::string& file) {
+void ReadRope(const Json& json, JsonFields& top, const std::string& file, ModelConfig* config) {
   const Json none = Json::object();
   const char* key = top.Has("rope_scaling") ? "rope_scaling" : "rope_parameters";
   const Json& values = top.Has(key) ? json[key] : none;
@@ -100,26 +241,21 @@ RopeConfig ReadRope(const Json& json, JsonFields& top, const std::string& file) 
   for (const auto& [name, value] : values.items()) {
     if (value.is_object()) fields.Fail(name, "rotary positions by kind of layer are not supported");
   }
-  RopeConfig rope;
+  RopeConfig& rope = config->rope;
   rope.theta = fields.Positive("rope_theta", top.Positive("rope_theta", rope.theta));
   rope.type = fields.Text("rope_type", fields.Text("type", rope.type));
-  if (rope.type == "linear" || rope.type == "llama3") {
-    rope.factor = fields.Positive("factor");
-  } else if (rope.type != "default") {
-    fields.Fail("rope_type", absl::StrCat("'", rope.type, "' is not supported (default, linear, llama3 are)"));
-  }
-  if (rope.type == "llama3") {
-    rope.low_freq_factor = fields.Positive("low_freq_factor");
-    rope.high_freq_factor = fields.Positive("high_freq_factor");
-    rope.original_max_position_embeddings = fields.Integer("original_max_position_embeddings", 1, kMaxPositions);
-    if (rope.high_freq_factor <= rope.low_freq_factor) {
-      fields.Fail("high_freq_factor", "must be above low_freq_factor");
-    }
-  }
   const double partial = fields.Positive("partial_rotary_factor", top.Positive("partial_rotary_factor", 1.0));
-  if (partial != 1.0) fields.Fail("partial_rotary_factor", "only 1 is supported");
+  if (config->model_type == "phi3" && partial < 1) {
+    rope.partial_rotary_factor = partial;
+  } else if (partial != 1.0) {
+    fields.Fail("partial_rotary_factor", config->model_type == "phi3" ? "is above 1" : "only 1 is supported");
+  }
+  if (2 * config->RotaryPairs() > config->head_dim) {
+    top.Fail("head_dim", absl::StrCat(config->head_dim, " is odd; rotary positions need pairs"));
+  }
+  if (config->RotaryPairs() == 0) fields.Fail("partial_rotary_factor", "leaves nothing to rotate");
+  if (top.status().ok() && fields.status().ok()) ReadScaling(top, fields, config);
   top.Merge(fields);
-  return rope;
 }
 
 // A token's id; -1 is what some files write for none.
@@ -160,23 +296,28 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::filesystem::path& model_d
   const std::filesystem::path path = model_dir / "config.json";
   SIMPO_ASSIGN_OR_RETURN(const Json json, ReadJsonObject(path, kMaxConfigBytes));
   JsonFields fields(json, path.string());
-  ModelConfig config;
-  config.model_type = fields.Text("model_type");
-  if (fields.status().ok() && !IsOneOf(config.model_type, kFamilies)) {
-    fields.Fail("model_type", absl::StrCat("'", config.model_type, "' is not supported; supported are ",
-                                           absl::StrJoin(kFamilies, ", ")));
+  const std::string model_type = fields.Text("model_type");
+  const std::optional<Family> family = FamilyOf(model_type);
+  if (fields.status().ok() && !family.has_value()) {
+    fields.Fail("model_type",
+                absl::StrCat("'", model_type, "' is not supported; supported are ", absl::StrJoin(kModelTypes, ", ")));
   }
   if (!fields.status().ok()) return fields.status();
-  ReadSizes(fields, &config);
+  ModelConfig config = family->config;
+  ReadSizes(json, fields, *family, &config);
+  if (!fields.status().ok()) return fields.status();
   config.rms_norm_eps = fields.Positive("rms_norm_eps", config.rms_norm_eps);
-  config.tie_word_embeddings = fields.Bool("tie_word_embeddings", false);
-  config.attention_bias = fields.Bool("attention_bias", false);
-  config.mlp_bias = fields.Bool("mlp_bias", false);
+  config.tie_word_embeddings = fields.Bool("tie_word_embeddings", config.tie_word_embeddings);
+  if (family->reads_attention_bias) config.qkv_bias = config.output_bias = fields.Bool("attention_bias", false);
+  if (family->reads_mlp_bias) config.mlp_bias = fields.Bool("mlp_bias", false);
   config.dtype = fields.Text("dtype", fields.Text("torch_dtype", "float32"));
-  RefuseUnsupported(json, fields, config);
-  config.rope = ReadRope(json, fields, path.string());
+  ReadActivation(fields, *family, &config);
+  ReadScoreScaling(json, fields, &config);
+  ReadWindows(json, fields, *family, &config);
+  RefuseUnsupported(fields, config);
+  ReadRope(json, fields, path.string(), &config);
   config.bos_token_id = TokenId(fields, "bos_token_id", config.vocab_size);
-  config.pad_token_id = TokenId(fields, "pad_token_id", config.vocab_size);
+  if (json.contains("pad_token_id")) config.pad_token_id = TokenId(fields, "pad_token_id", config.vocab_size);
   config.eos_token_ids = EosTokenIds(json, fields, config.vocab_size);
   if (!fields.status().ok()) return fields.status();
   SIMPO_RETURN_IF_ERROR(ReadGenerationConfig(model_dir / "generation_config.json", &config));
@@ -185,41 +326,61 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::filesystem::path& model_d
 
 std::vector<WeightSpec> ModelWeights(const ModelConfig& config) {
   const int64_t hidden = config.hidden_size;
+  const int64_t inner = config.intermediate_size;
   const int64_t queries = config.num_heads * config.head_dim;
   const int64_t keys = config.num_kv_heads * config.head_dim;
   std::vector<WeightSpec> weights = {{"model.embed_tokens.weight", {config.vocab_size, hidden}, -1, true}};
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const std::string prefix = absl::StrCat("model.layers.", i, ".");
-    auto add = [&](const char* name, std::vector<int64_t> shape, bool decay) {
+    auto add = [&](const std::string& name, std::vector<int64_t> shape, bool decay) {
       weights.push_back({prefix + name, std::move(shape), i, decay});
     };
-    add("input_layernorm.weight", {hidden}, false);
     // Projections of one input stand side by side, so that they can be one matrix product.
-    add("self_attn.q_proj.weight", {queries, hidden}, true);
-    add("self_attn.k_proj.weight", {keys, hidden}, true);
-    add("self_attn.v_proj.weight", {keys, hidden}, true);
-    if (config.attention_bias) {
-      add("self_attn.q_proj.bias", {queries}, false);
-      add("self_attn.k_proj.bias", {keys}, false);
-      add("self_attn.v_proj.bias", {keys}, false);
+    auto project = [&](const std::string& group, const std::vector<std::pair<std::string, int64_t>>& outputs,
+                       int64_t inputs, bool bias) {
+      for (const auto& [name, size] : outputs) add(absl::StrCat(group, name, ".weight"), {size, inputs}, true);
+      if (!bias) return;
+      for (const auto& [name, size] : outputs) add(absl::StrCat(group, name, ".bias"), {size}, false);
+    };
+    auto norm = [&](const char* name) {
+      if (name != nullptr) add(absl::StrCat(name, ".weight"), {hidden}, false);
+    };
+    norm(config.layer_norms.before_attention);
+    if (config.fused_projections) {
+      project("self_attn.", {{"qkv_proj", queries + 2 * keys}}, hidden, config.qkv_bias);
+    } else {
+      project("self_attn.", {{"q_proj", queries}, {"k_proj", keys}, {"v_proj", keys}}, hidden, config.qkv_bias);
     }
-    add("self_attn.o_proj.weight", {hidden, queries}, true);
-    if (config.attention_bias) add("self_attn.o_proj.bias", {hidden}, false);
-    add("post_attention_layernorm.weight", {hidden}, false);
-    add("mlp.gate_proj.weight", {config.intermediate_size, hidden}, true);
-    add("mlp.up_proj.weight", {config.intermediate_size, hidden}, true);
-    if (config.mlp_bias) {
-      add("mlp.gate_proj.bias", {config.intermediate_size}, false);
-      add("mlp.up_proj.bias", {config.intermediate_size}, false);
+    if (config.qk_norm != QkNorm::kNone) {
+      const bool per_head = config.qk_norm == QkNorm::kPerHead;
+      add("self_attn.q_norm.weight", {per_head ? config.head_dim : queries}, false);
+      add("self_attn.k_norm.weight", {per_head ? config.head_dim : keys}, false);
     }
-    add("mlp.down_proj.weight", {hidden, config.intermediate_size}, true);
-    if (config.mlp_bias) add("mlp.down_proj.bias", {hidden}, false);
+    project("self_attn.", {{"o_proj", hidden}}, queries, config.output_bias);
+    norm(config.layer_norms.after_attention);
+    norm(config.layer_norms.before_mlp);
+    if (config.fused_projections) {
+      project("mlp.", {{"gate_up_proj", 2 * inner}}, hidden, config.mlp_bias);
+    } else {
+      project("mlp.", {{"gate_proj", inner}, {"up_proj", inner}}, hidden, config.mlp_bias);
+    }
+    project("mlp.", {{"down_proj", hidden}}, inner, config.mlp_bias);
+    norm(config.layer_norms.after_mlp);
   }
   weights.push_back({"model.norm.weight", {hidden}, config.num_layers, false});
   if (!config.tie_word_embeddings) {
     weights.push_back({"lm_head.weight", {config.vocab_size, hidden}, config.num_layers, true});
   }
   return weights;
+}
+
+int64_t RopeConfig::SharedAnglesUpTo() const {
+  const bool by_length = type == "dynamic" || type == "longrope";
+  return by_length ? original_max_position_embeddings : std::numeric_limits<int64_t>::max();
+}
+
+int64_t ModelConfig::RotaryPairs() const {
+  return (static_cast<int64_t>(static_cast<double>(head_dim) * rope.partial_rotary_factor) + 1) / 2;
 }
 
 int64_t ModelConfig::NumParameters() const {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "worker/model/kernels_aten.h"
 #include "worker/model/kernels_cpu.h"
 
 namespace simpo {
@@ -17,6 +18,9 @@ c10::IValue Save(const WeightRef& weight) { return c10::IValue::make_capsule(wei
 const Weight& Saved(AutogradContext* ctx, const char* name) {
   return *c10::static_intrusive_pointer_cast<Weight>(ctx->saved_data[name].toCapsule());
 }
+
+// The one of a kernel's two forms that takes `x`: SIMPO_KERNEL(x, RmsNorm)(x, ...).
+#define SIMPO_KERNEL(x, name) ((x).is_cpu() ? kernels::name : kernels_aten::name)
 
 struct LinearFunction : Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, const WeightRef& bias) {
@@ -39,54 +43,108 @@ struct LinearFunction : Function<LinearFunction> {
 };
 
 struct RmsNormFunction : Function<RmsNormFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, double eps) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, NormStyle style,
+                            double eps) {
     at::Tensor y = at::empty_like(x);
     at::Tensor rstd_T = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-    kernels::RmsNorm(x, weight->value(), eps, y, rstd_T);
+    SIMPO_KERNEL(x, RmsNorm)(x, weight->value(), style, eps, y, rstd_T);
     ctx->save_for_backward({x, rstd_T});
     ctx->saved_data["weight"] = Save(weight);
+    ctx->saved_data["style"] = static_cast<int64_t>(style);
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const variable_list saved = ctx->get_saved_variables();
-    at::Tensor gx = at::empty_like(saved[0]);
+    const at::Tensor& x = saved[0];
+    at::Tensor gx = at::empty_like(x);
     const Weight& weight = Saved(ctx, "weight");
-    kernels::RmsNormBackward(gradients[0].contiguous(), saved[0], weight.value(), saved[1], gx, weight.grad());
-    return {gx, at::Tensor(), at::Tensor()};
+    const auto style = static_cast<NormStyle>(ctx->saved_data["style"].toInt());
+    SIMPO_KERNEL(x, RmsNormBackward)(gradients[0].contiguous(), x, weight.value(), style, saved[1], gx, weight.grad());
+    return {gx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
-struct SwiGluFunction : Function<SwiGluFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
+// `count` heads of x [T, A, D] from `first`, as the rows [T, N, H] that a weight of H elements norms.
+at::Tensor NormRows(const at::Tensor& x, int64_t first, int64_t count, const Weight& weight) {
+  const int64_t size = weight.shape()[0];
+  return x.narrow(1, first, count).view({x.size(0), count * x.size(2) / size, size});
+}
+
+struct QkNormsFunction : Function<QkNormsFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& qkv, int64_t heads, int64_t kv_heads,
+                            const WeightRef& q_weight, const WeightRef& k_weight, NormStyle style, double eps) {
+    at::Tensor y = at::empty_like(qkv);
+    variable_list saved = {qkv};
+    const auto norm = [&](int64_t first, int64_t count, const Weight& weight) {
+      const at::Tensor x = NormRows(qkv, first, count, weight);
+      saved.push_back(at::empty({x.size(0) * x.size(1)}, x.options().dtype(at::kFloat)));
+      SIMPO_KERNEL(x, RmsNorm)(x, weight.value(), style, eps, NormRows(y, first, count, weight), saved.back());
+    };
+    norm(0, heads, *q_weight);
+    norm(heads, kv_heads, *k_weight);
+    y.narrow(1, heads + kv_heads, kv_heads).copy_(qkv.narrow(1, heads + kv_heads, kv_heads));
+    ctx->save_for_backward(saved);
+    ctx->saved_data["heads"] = heads;
+    ctx->saved_data["kv_heads"] = kv_heads;
+    ctx->saved_data["q_weight"] = Save(q_weight);
+    ctx->saved_data["k_weight"] = Save(k_weight);
+    ctx->saved_data["style"] = static_cast<int64_t>(style);
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor& qkv = saved[0];
+    const at::Tensor gy = gradients[0].contiguous();
+    const int64_t heads = ctx->saved_data["heads"].toInt();
+    const int64_t kv_heads = ctx->saved_data["kv_heads"].toInt();
+    const auto style = static_cast<NormStyle>(ctx->saved_data["style"].toInt());
+    at::Tensor gx = at::empty_like(qkv);
+    const auto norm = [&](int64_t first, int64_t count, const Weight& weight, const at::Tensor& rstd) {
+      const auto rows = [&](const at::Tensor& x) { return NormRows(x, first, count, weight); };
+      SIMPO_KERNEL(gy, RmsNormBackward)
+      (rows(gy), rows(qkv), weight.value(), style, rstd, rows(gx), weight.grad());
+    };
+    norm(0, heads, Saved(ctx, "q_weight"), saved[1]);
+    norm(heads, kv_heads, Saved(ctx, "k_weight"), saved[2]);
+    gx.narrow(1, heads + kv_heads, kv_heads).copy_(gy.narrow(1, heads + kv_heads, kv_heads));
+    return {gx, at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+struct GatedActivationFunction : Function<GatedActivationFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up, Activation activation) {
     ctx->save_for_backward({gate_up});
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     at::Tensor y = at::empty({gate_up.size(0), gate_up.size(1) / 2}, gate_up.options());
-    kernels::SwiGlu(gate_up, y);
+    SIMPO_KERNEL(gate_up, GatedActivation)(gate_up, activation, y);
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     const at::Tensor gate_up = ctx->get_saved_variables()[0];
+    const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
     at::Tensor grad = at::empty_like(gate_up);
-    kernels::SwiGluBackward(gradients[0].contiguous(), gate_up, grad);
-    return {grad};
+    SIMPO_KERNEL(gate_up, GatedActivationBackward)(gradients[0].contiguous(), gate_up, activation, grad);
+    return {grad, at::Tensor()};
   }
 };
 
 struct RotaryFunction : Function<RotaryFunction> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, int64_t heads, const at::Tensor& cos_TD,
-                            const at::Tensor& sin_TD) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, int64_t heads, const at::Tensor& cos_TR,
+                            const at::Tensor& sin_TR) {
     ctx->saved_data["heads"] = heads;
-    ctx->saved_data["cos"] = cos_TD;
-    ctx->saved_data["sin"] = sin_TD;
+    ctx->saved_data["cos"] = cos_TR;
+    ctx->saved_data["sin"] = sin_TR;
     at::Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
-    kernels::Rotary(x, heads, cos_TD, sin_TD, /*inverse=*/false, y);
+    SIMPO_KERNEL(x, Rotary)(x, heads, cos_TR, sin_TR, /*inverse=*/false, y);
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     // A rotation's transpose is the rotation by the negative angle.
     const at::Tensor gy = gradients[0].contiguous();
     at::Tensor gx = at::empty_like(gy);
-    kernels::Rotary(gy, ctx->saved_data["heads"].toInt(), ctx->saved_data["cos"].toTensor(),
-                    ctx->saved_data["sin"].toTensor(), /*inverse=*/true, gx);
+    SIMPO_KERNEL(gy, Rotary)
+    (gy, ctx->saved_data["heads"].toInt(), ctx->saved_data["cos"].toTensor(), ctx->saved_data["sin"].toTensor(),
+     /*inverse=*/true, gx);
     return {gx, at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -106,14 +164,21 @@ at::Tensor Linear(const at::Tensor& x, const WeightRef& weight, const WeightRef&
   return LinearFunction::apply(x, weight, bias);
 }
 
-at::Tensor RmsNorm(const at::Tensor& x, const WeightRef& weight, double eps) {
-  return RmsNormFunction::apply(x, weight, eps);
+at::Tensor RmsNorm(const at::Tensor& x, const WeightRef& weight, NormStyle style, double eps) {
+  return RmsNormFunction::apply(x, weight, style, eps);
 }
 
-at::Tensor SwiGlu(const at::Tensor& gate_up) { return SwiGluFunction::apply(gate_up); }
+at::Tensor QkNorms(const at::Tensor& qkv, int64_t heads, int64_t kv_heads, const WeightRef& q_weight,
+                   const WeightRef& k_weight, NormStyle style, double eps) {
+  return QkNormsFunction::apply(qkv, heads, kv_heads, q_weight, k_weight, style, eps);
+}
 
-at::Tensor ApplyRotary(const at::Tensor& x, int64_t heads, const at::Tensor& cos_TD, const at::Tensor& sin_TD) {
-  return RotaryFunction::apply(x, heads, cos_TD, sin_TD);
+at::Tensor GatedActivation(const at::Tensor& gate_up, Activation activation) {
+  return GatedActivationFunction::apply(gate_up, activation);
+}
+
+at::Tensor ApplyRotary(const at::Tensor& x, int64_t heads, const at::Tensor& cos_TR, const at::Tensor& sin_TR) {
+  return RotaryFunction::apply(x, heads, cos_TR, sin_TR);
 }
 
 at::Tensor Embed(const at::Tensor& table, const at::Tensor& ids) { return table.index_select(0, ids); }

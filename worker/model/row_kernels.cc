@@ -50,31 +50,65 @@ inline float Exp(float x) {
 
 inline float Sigmoid(float x) { return 1.0f / (1.0f + Exp(-x)); }
 
+// To about 1 ulp: an odd polynomial near zero, where the quotient would lose digits.
+inline float Tanh(float x) {
+  const float z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float near_zero = p * z * x + x;
+  const float elsewhere = 1.0f - 2.0f / (Exp(2.0f * x) + 1.0f);
+  return z < 0.625f * 0.625f ? near_zero : elsewhere;
+}
+
+// gelu(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+inline float GeluGate(float x) { return Sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+// `value` as T holds it.
 template <typename T>
-float RmsNorm(const T* __restrict x, const T* __restrict weight, float eps, int64_t size, T* __restrict y) {
+inline float Rounded(float value) {
+  T stored;
+  Store(&stored, value);
+  return Load(stored);
+}
+
+template <typename T, bool round_first>
+void ScaleNormed(const T* __restrict x, const T* __restrict weight, float offset, float rstd, int64_t size,
+                 T* __restrict y) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const float xhat = round_first ? Rounded<T>(Load(x[i]) * rstd) : Load(x[i]) * rstd;
+    Store(&y[i], xhat * (Load(weight[i]) + offset));
+  }
+}
+
+template <typename T>
+float RmsNorm(const T* __restrict x, const T* __restrict weight, float offset, bool round_first, float eps,
+              int64_t size, T* __restrict y) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) sum += Load(x[i]) * Load(x[i]);
   const float rstd = 1.0f / sqrtf(sum / static_cast<float>(size) + eps);
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) Store(&y[i], Load(x[i]) * rstd * Load(weight[i]));
+  (round_first ? ScaleNormed<T, true> : ScaleNormed<T, false>)(x, weight, offset, rstd, size, y);
   return rstd;
 }
 
-// With xhat = x * rstd: gx = rstd * (gy * weight - xhat * mean(gy * weight * xhat)).
+// With xhat = x * rstd and w = weight + offset: gx = rstd * (gy * w - xhat * mean(gy * w * xhat)).
 template <typename T>
-void RmsNormBackward(const T* __restrict gy, const T* __restrict x, const T* __restrict weight, float rstd,
-                     int64_t size, T* __restrict gx, float* __restrict weight_grad) {
+void RmsNormBackward(const T* __restrict gy, const T* __restrict x, const T* __restrict weight, float offset,
+                     float rstd, int64_t size, T* __restrict gx, float* __restrict weight_grad) {
   float dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < size; ++i) dot += Load(gy[i]) * Load(weight[i]) * Load(x[i]);
+  for (int64_t i = 0; i < size; ++i) dot += Load(gy[i]) * (Load(weight[i]) + offset) * Load(x[i]);
   const float mean = dot * rstd / static_cast<float>(size);
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float g = Load(gy[i]);
     const float xhat = Load(x[i]) * rstd;
     weight_grad[i] += g * xhat;
-    Store(&gx[i], rstd * (g * Load(weight[i]) - xhat * mean));
+    Store(&gx[i], rstd * (g * (Load(weight[i]) + offset) - xhat * mean));
   }
 }
 
@@ -97,6 +131,29 @@ void SwiGluBackward(const T* __restrict gy, const T* __restrict gate, const T* _
     const float gi = Load(gy[i]);
     Store(&grad_up[i], gi * g * s);
     Store(&grad_gate[i], gi * Load(up[i]) * s * (1.0f + g * (1.0f - s)));
+  }
+}
+
+template <typename T>
+void GeGlu(const T* __restrict gate, const T* __restrict up, int64_t width, T* __restrict y) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float g = Load(gate[i]);
+    Store(&y[i], g * GeluGate(g) * Load(up[i]));
+  }
+}
+
+template <typename T>
+void GeGluBackward(const T* __restrict gy, const T* __restrict gate, const T* __restrict up, int64_t width,
+                   T* __restrict grad_gate, T* __restrict grad_up) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float g = Load(gate[i]);
+    const float s = GeluGate(g);
+    const float gi = Load(gy[i]);
+    const float slope = 1.5957691216f * (1.0f + 0.134145f * g * g);  // of the sigmoid's argument
+    Store(&grad_up[i], gi * g * s);
+    Store(&grad_gate[i], gi * Load(up[i]) * s * (1.0f + g * (1.0f - s) * slope));
   }
 }
 
@@ -144,14 +201,27 @@ void LogitStats(const T* __restrict logits, int64_t vocab, float* lse, float* me
 }
 
 template <typename T>
-void ScaledSoftmax(T* __restrict logits, int64_t vocab, float lse, float scale) {
+void Softcap(T* __restrict logits, int64_t vocab, float cap) {
+  const float inverse = 1.0f / cap;
 #pragma omp simd
-  for (int64_t i = 0; i < vocab; ++i) Store(&logits[i], scale * Exp(Load(logits[i]) - lse));
+  for (int64_t i = 0; i < vocab; ++i) Store(&logits[i], cap * Tanh(Load(logits[i]) * inverse));
+}
+
+// The derivative of y = cap * tanh(x / cap) is 1 - (y / cap)^2.
+template <typename T>
+void ScaledSoftmax(T* __restrict logits, int64_t vocab, float lse, float scale, float inverse_cap) {
+#pragma omp simd
+  for (int64_t i = 0; i < vocab; ++i) {
+    const float value = Load(logits[i]);
+    const float tanh = value * inverse_cap;
+    Store(&logits[i], scale * Exp(value - lse) * (1.0f - tanh * tanh));
+  }
 }
 
 template <typename T>
-constexpr RowKernels<T> kTable = {RmsNorm<T>, RmsNormBackward<T>, SwiGlu<T>,       SwiGluBackward<T>,
-                                  Rotate<T>,  LogitStats<T>,      ScaledSoftmax<T>};
+constexpr RowKernels<T> kTable = {RmsNorm<T>, RmsNormBackward<T>, SwiGlu<T>, SwiGluBackward<T>,
+                                  GeGlu<T>,   GeGluBackward<T>,   Rotate<T>, LogitStats<T>,
+                                  Softcap<T>, ScaledSoftmax<T>};
 
 }  // namespace
 
