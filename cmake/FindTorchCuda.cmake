@@ -1,8 +1,9 @@
 # Imported targets beside FindTorchCpu's, from the same folder SIMPO_TORCH_DIR, which is laid out as the site-packages
 # of a Python with torch (2.11 or later) and its nvidia-* packages, and may be just that:
 #   nccl_headers   nccl.h and what it includes; compiling against it links nothing
+#   nccl_library   libnccl
 #   torch_cuda     libtorch_cuda, the CUDA runtime and NCCL
-# deploy/install-deps.sh fetches what these two need; what libtorch_cuda itself loads (cuBLAS, cuDNN and others) is
+# deploy/install-deps.sh fetches what these need; what libtorch_cuda itself loads (cuBLAS, cuDNN and others) is
 # only needed to run: deploy/install-deps.sh --with cuda, or an installed torch.
 set(_nvidia ${SIMPO_TORCH_DIR}/nvidia)
 file(GLOB _cu ${_nvidia}/cu*/include/cuda_runtime_api.h)
@@ -23,10 +24,14 @@ endforeach()
 add_library(nccl_headers INTERFACE)
 target_include_directories(nccl_headers SYSTEM INTERFACE ${_cu_include} ${_nvidia}/nccl/include)
 
+add_library(nccl_library INTERFACE)
+target_link_libraries(nccl_library INTERFACE ${_nccl_lib} ${_cudart})
+target_link_options(nccl_library INTERFACE -Wl,-rpath,${_nvidia}/nccl/lib -Wl,-rpath,${_cu}/lib)
+
 add_library(torch_cuda INTERFACE)
 # libtorch_cuda registers its kernels as it is loaded: it stays although nothing of ours may name it.
 target_link_libraries(torch_cuda INTERFACE nccl_headers torch_cpu -Wl,--no-as-needed
-  ${SIMPO_TORCH_DIR}/torch/lib/libtorch_cuda.so ${SIMPO_TORCH_DIR}/torch/lib/libc10_cuda.so ${_cudart} ${_nccl_lib})
+  ${SIMPO_TORCH_DIR}/torch/lib/libtorch_cuda.so ${SIMPO_TORCH_DIR}/torch/lib/libc10_cuda.so nccl_library)
 # Our own names must all be found in the real libraries; theirs may wait until there is a GPU to run on.
 target_link_options(torch_cuda INTERFACE -Wl,--allow-shlib-undefined)
 file(GLOB _lib_dirs ${_nvidia}/*/lib)
