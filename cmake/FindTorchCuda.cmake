@@ -1,25 +1,41 @@
-# Imported target torch_cuda: libtorch_cuda, the CUDA runtime and NCCL of an installed Python torch with its
-# nvidia-* packages (deploy/install-deps.sh --with parity makes one).
-#   SIMPO_TORCH_SITE_PACKAGES   the folder that holds torch/ and nvidia/
-file(GLOB _site_packages ${_deps}/parity-venv/lib/python3.*/site-packages)
-set(SIMPO_TORCH_SITE_PACKAGES "${_site_packages}" CACHE PATH "Folder that holds a CUDA torch/ and its nvidia/")
-set(_cuda ${SIMPO_TORCH_SITE_PACKAGES}/nvidia/cu13)
-set(_nccl ${SIMPO_TORCH_SITE_PACKAGES}/nvidia/nccl)
-foreach(_file ${SIMPO_TORCH_SITE_PACKAGES}/torch/lib/libtorch_cuda.so ${_cuda}/include/cuda_runtime_api.h
-        ${_nccl}/include/nccl.h)
+# Imported targets beside FindTorchCpu's, from the same folder SIMPO_TORCH_DIR, which is laid out as the site-packages
+# of a Python with torch (2.11 or later) and its nvidia-* packages, and may be just that:
+#   nccl_headers   nccl.h and what it includes; compiling against it links nothing
+#   nccl_library   libnccl
+#   torch_cuda     libtorch_cuda, the CUDA runtime and NCCL
+# deploy/install-deps.sh fetches what these need; what libtorch_cuda itself loads (cuBLAS, cuDNN and others) is
+# only needed to run: deploy/install-deps.sh --with cuda, or an installed torch.
+set(_nvidia ${SIMPO_TORCH_DIR}/nvidia)
+file(GLOB _cu ${_nvidia}/cu*/include/cuda_runtime_api.h)
+list(GET _cu 0 _cu)
+cmake_path(GET _cu PARENT_PATH _cu_include)
+cmake_path(GET _cu_include PARENT_PATH _cu)
+file(GLOB _cudart ${_cu}/lib/libcudart.so.*)
+file(GLOB _nccl_lib ${_nvidia}/nccl/lib/libnccl.so.*)
+foreach(_file ${_nvidia}/nccl/include/nccl.h ${_cu_include}/crt/host_config.h ${_cu_include}/nv/target
+        ${SIMPO_TORCH_DIR}/torch/lib/libtorch_cuda.so)
   if(NOT EXISTS ${_file})
-    message(FATAL_ERROR "SIMPO_CUDA needs ${_file}; set SIMPO_TORCH_SITE_PACKAGES to the folder that holds a CUDA "
-                        "build of torch and its nvidia packages, or run deploy/install-deps.sh --with parity")
+    message(FATAL_ERROR "${_file} is missing. Run deploy/install-deps.sh; or, with a torch of your own in "
+                        "SIMPO_TORCH_DIR, pip install its nvidia-nccl, nvidia-cuda-runtime, nvidia-cuda-crt and "
+                        "nvidia-cuda-cccl in the versions that it names")
   endif()
 endforeach()
-file(GLOB _cudart ${_cuda}/lib/libcudart.so.*)
-file(GLOB _nccl_lib ${_nccl}/lib/libnccl.so.*)
+
+add_library(nccl_headers INTERFACE)
+target_include_directories(nccl_headers SYSTEM INTERFACE ${_cu_include} ${_nvidia}/nccl/include)
+
+add_library(nccl_library INTERFACE)
+target_link_libraries(nccl_library INTERFACE ${_nccl_lib} ${_cudart})
+target_link_options(nccl_library INTERFACE -Wl,-rpath,${_nvidia}/nccl/lib -Wl,-rpath,${_cu}/lib)
+
 add_library(torch_cuda INTERFACE)
-target_include_directories(torch_cuda SYSTEM INTERFACE ${_cuda}/include ${_nccl}/include)
-target_link_libraries(torch_cuda INTERFACE torch_cpu ${SIMPO_TORCH_SITE_PACKAGES}/torch/lib/libtorch_cuda.so
-  ${SIMPO_TORCH_SITE_PACKAGES}/torch/lib/libc10_cuda.so ${_cudart} ${_nccl_lib})
-foreach(_dir torch/lib nvidia/cu13/lib nvidia/nccl/lib nvidia/cudnn/lib nvidia/cusparselt/lib nvidia/nvshmem/lib)
-  target_link_options(torch_cuda INTERFACE -Wl,-rpath,${SIMPO_TORCH_SITE_PACKAGES}/${_dir}
-    -Wl,-rpath-link,${SIMPO_TORCH_SITE_PACKAGES}/${_dir})
+# libtorch_cuda registers its kernels as it is loaded: it stays although nothing of ours may name it.
+target_link_libraries(torch_cuda INTERFACE nccl_headers torch_cpu -Wl,--no-as-needed
+  ${SIMPO_TORCH_DIR}/torch/lib/libtorch_cuda.so ${SIMPO_TORCH_DIR}/torch/lib/libc10_cuda.so nccl_library)
+# Our own names must all be found in the real libraries; theirs may wait until there is a GPU to run on.
+target_link_options(torch_cuda INTERFACE -Wl,--allow-shlib-undefined)
+file(GLOB _lib_dirs ${_nvidia}/*/lib)
+foreach(_dir ${SIMPO_TORCH_DIR}/torch/lib ${_lib_dirs})
+  target_link_options(torch_cuda INTERFACE -Wl,-rpath,${_dir})
 endforeach()
 set(TorchCuda_FOUND TRUE)

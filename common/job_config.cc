@@ -137,7 +137,7 @@ const JobKeyRow kRows[] = {
     {{"resources.nodes", "integer", "1", "", "1 to 1", "Resources", "Machines of the gang."}, &C::nodes},
     {{"resources.ranks_per_node", "integer", "1", "", "1 to 1024", "Resources", "Ranks on each machine."},
      &C::ranks_per_node},
-    {{"resources.device", "string", "cpu", "", "cpu", "Resources", "What the ranks compute on."}, &C::device},
+    {{"resources.device", "string", "cpu", "", "cpu | cuda", "Resources", "What the ranks compute on."}, &C::device},
     {{"resources.threads_per_rank", "integer", "0", "", "0 to 1024", "Resources",
       "Threads of each rank (0: the cores divided by the ranks)."},
      &C::threads_per_rank},

@@ -1,5 +1,10 @@
 #include "coordinator/worker_service.h"
 
+#include <grpcpp/alarm.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -18,10 +23,22 @@ constexpr char kSecretKey[] = "simpo-attempt-secret";
 constexpr int kMaxWaitingMessages = 256;
 // To one rank, that wait for the network: more than a rank that reads can have.
 constexpr size_t kMaxWaitingResponses = 4096;
+constexpr int kMaxRanks = 1'000'000;
+constexpr int kMaxPatienceMs = 24 * 3600 * 1000;  // of one call of Register
 
 std::string SecretOf(const grpc::CallbackServerContext& context) {
   const auto found = context.client_metadata().find(kSecretKey);
   return found == context.client_metadata().end() ? "" : std::string(found->second.data(), found->second.size());
+}
+
+// Whether the caller is a rank of the attempt that runs. The same words for all, so that nobody learns what
+// exists.
+absl::Status CheckCaller(const JobViews& views, const v1::Hello& hello, const std::string& secret) {
+  const JobViews::View view = views.FindById(hello.job_id());
+  const bool known = view && view->job.attempt() == hello.attempt() && !view->secret.empty();
+  if (known && SecretsEqual(view->secret, secret)) return absl::OkStatus();
+  return absl::UnauthenticatedError(absl::StrCat("job ", hello.job_id(), ", attempt ", hello.attempt(),
+                                                 " does not run here, or the secret is not its own"));
 }
 
 // One rank's stream. It keeps itself alive until gRPC has done with it.
@@ -93,13 +110,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
       return End(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"));
     }
     const v1::Hello& hello = request_.hello();
-    const JobViews::View view = views_.FindById(hello.job_id());
-    const bool known = view && view->job.attempt() == hello.attempt() && !view->secret.empty();
-    if (!known || !SecretsEqual(view->secret, secret_)) {
-      // The same words for all, so that nobody learns what exists.
-      return Close(absl::UnauthenticatedError(absl::StrCat("job ", hello.job_id(), ", attempt ", hello.attempt(),
-                                                           " does not run here, or the secret is not its own")));
-    }
+    if (absl::Status status = CheckCaller(views_, hello, secret_); !status.ok()) return Close(status);
     id_ = {hello.job_id(), hello.attempt(), hello.rank()};
     controller_.Attach(hello, shared_from_this());
     const std::lock_guard lock(mutex_);
@@ -166,6 +177,50 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   bool reading_ = false;
 };
 
+// One rank's call of Register. It keeps itself alive until gRPC has done with it.
+class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_shared_from_this<RegisterCall> {
+ public:
+  RegisterCall(Rendezvous& rendezvous, v1::RegisterResponse* response) : rendezvous_(rendezvous), response_(response) {}
+
+  void Begin(const v1::RegisterRequest& request) {
+    self_ = shared_from_this();
+    call_ = {.who = request.hello(), .id = this};
+    const auto patience = std::chrono::milliseconds(std::clamp(request.timeout_ms(), 1, kMaxPatienceMs));
+    alarm_.Set(std::chrono::system_clock::now() + patience, [call = self_](bool rang) {
+      if (rang) call->rendezvous_.Expire(call->call_);
+    });
+    rendezvous_.Arrive(call_, request.nccl_id(), [call = self_](absl::StatusOr<std::string> bytes) {
+      if (bytes.ok()) call->response_->set_nccl_id(*std::move(bytes));
+      call->Reply(ToGrpcStatus(bytes.status()));
+    });
+  }
+  void Refuse(const absl::Status& status) {
+    self_ = shared_from_this();
+    Reply(ToGrpcStatus(status));
+  }
+
+  void OnCancel() override {
+    rendezvous_.Forget(call_);
+    Reply(grpc::Status::CANCELLED);
+  }
+  void OnDone() override {
+    alarm_.Cancel();
+    const std::shared_ptr<RegisterCall> self = std::move(self_);
+  }
+
+ private:
+  void Reply(const grpc::Status& status) {
+    if (!replied_.exchange(true)) Finish(status);
+  }
+
+  Rendezvous& rendezvous_;
+  v1::RegisterResponse* const response_;
+  Rendezvous::Call call_;
+  grpc::Alarm alarm_;
+  std::atomic<bool> replied_ = false;
+  std::shared_ptr<RegisterCall> self_;
+};
+
 }  // namespace
 
 bool SecretsEqual(std::string_view a, std::string_view b) {
@@ -180,6 +235,22 @@ grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::A
   const auto stream = std::make_shared<RankStream>(controller_, views_, SecretOf(*context));
   stream->Begin();
   return stream.get();
+}
+
+grpc::ServerUnaryReactor* WorkerService::Register(grpc::CallbackServerContext* context,
+                                                  const v1::RegisterRequest* request, v1::RegisterResponse* response) {
+  const v1::Hello& hello = request->hello();
+  const auto call = std::make_shared<RegisterCall>(rendezvous_, response);
+  if (absl::Status status = CheckCaller(views_, hello, SecretOf(*context)); !status.ok()) {
+    call->Refuse(status);
+  } else if (hello.world_size() < 1 || hello.world_size() > kMaxRanks || hello.rank() < 0 ||
+             hello.rank() >= hello.world_size()) {
+    call->Refuse(absl::InvalidArgumentError(
+        absl::StrCat("rank ", hello.rank(), " of ", hello.world_size(), " ranks: there is no such rank")));
+  } else {
+    call->Begin(*request);
+  }
+  return call.get();
 }
 
 }  // namespace simpo

@@ -5,6 +5,7 @@
 
 #include "coordinator/controller.h"
 #include "coordinator/job_views.h"
+#include "coordinator/rendezvous.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 
 namespace simpo {
@@ -12,17 +13,20 @@ namespace simpo {
 // Whether two secrets are equal, in a time that tells nothing of where they differ.
 bool SecretsEqual(std::string_view a, std::string_view b);
 
-// The ranks' RPC: checks who is there and passes on what is said.
+// The ranks' RPCs: checks who is there and passes on what is said.
 class WorkerService final : public v1::WorkerService::CallbackService {
  public:
   // Both outlive this object.
   WorkerService(Controller& controller, const JobViews& views) : controller_(controller), views_(views) {}
 
   grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(grpc::CallbackServerContext* context) override;
+  grpc::ServerUnaryReactor* Register(grpc::CallbackServerContext* context, const v1::RegisterRequest* request,
+                                     v1::RegisterResponse* response) override;
 
  private:
   Controller& controller_;
   const JobViews& views_;
+  Rendezvous rendezvous_;
 };
 
 }  // namespace simpo

@@ -5,23 +5,25 @@
 #   deploy/install-deps.sh               build, test and run
 #   deploy/install-deps.sh --with lint   also clang-format, clang-tidy and clang for the fuzzers
 #   deploy/install-deps.sh --with parity also the Python side: torch, transformers, TRL (6 GB)
+#   deploy/install-deps.sh --with cuda   also the CUDA libraries that a machine with GPUs runs on (3 GB)
 #
 # What lands where: Debian packages in the system (as root, or through sudo); libtorch under
 # ${SIMPO_DEPS:-${XDG_CACHE_HOME:-~/.cache}/simpo-deps}, shared by all clones of the project.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-with_lint=0 with_parity=0
+with_lint=0 with_parity=0 with_cuda=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --with)
       case "${2:-}" in
         lint) with_lint=1 ;;
         parity) with_parity=1 ;;
-        *) echo "install-deps: --with takes lint or parity, not '${2:-}'" >&2; exit 2 ;;
+        cuda) with_cuda=1 ;;
+        *) echo "install-deps: --with takes lint, parity or cuda, not '${2:-}'" >&2; exit 2 ;;
       esac
       shift 2 ;;
-    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "install-deps: unknown argument '$1' (see --help)" >&2; exit 2 ;;
   esac
 done
@@ -76,32 +78,68 @@ else
 fi
 
 # ---------------------------------------------------------------- libtorch from the Python package
-# The wheel is only a container for the C++ libraries and headers, so Python's own version does not
-# matter. libtorch_cpu links the CUDA runtime and CUPTI stubs; the rest of the CUDA set stays out.
+# The wheels are only containers for C++ libraries and headers, so Python's own version does not matter.
+# Everything lands in one folder, laid out as in an installed Python torch: torch/ and nvidia/.
 torch_version=2.15.0
 torch_dir=$deps/torch-$torch_version
-if [ ! -e "$torch_dir/.complete" ]; then
-  say "libtorch $torch_version: about 550 MB to download, 1.7 GB unpacked"
-  partial=$torch_dir.partial
-  rm -rf "$partial"; mkdir -p "$partial/wheels"
-  # pip's progress bar on a terminal, nothing elsewhere.
-  quiet=(--quiet); [ -t 2 ] && quiet=(--progress-bar on)
+wheels=$deps/wheels.partial
+rm -rf "$wheels"
+
+# fetch REQUIREMENTS: its wheels, into $wheels. pip's progress bar on a terminal, nothing elsewhere.
+fetch() {
+  local quiet=(--quiet); [ -t 2 ] && quiet=(--progress-bar on)
   python3 -m pip download "${quiet[@]}" --no-deps --only-binary=:all: --python-version 3.11 --require-hashes \
-    -d "$partial/wheels" -r deploy/libtorch-requirements.txt
-  for wheel in "$partial"/wheels/*.whl; do
+    -d "$wheels" -r "$1"
+}
+# unpack FOLDER: what has been fetched.
+unpack() {
+  for wheel in "$wheels"/*.whl; do
     say "unpacking $(basename "$wheel" | cut -d- -f1,2)"
     case "$(basename "$wheel")" in
-      torch-*) unzip -q "$wheel" 'torch/lib/*' 'torch/include/*' -x 'torch/lib/libtorch_cuda*' -d "$partial" ;;
-      *) unzip -q "$wheel" -d "$partial" ;;
+      torch-*) unzip -q -n "$wheel" 'torch/lib/*' 'torch/include/*' -d "$1" ;;
+      *) unzip -q -n "$wheel" 'nvidia/*' -d "$1" ;;
     esac
     rm "$wheel"
   done
-  rmdir "$partial/wheels"
+}
+
+# libtorch_cpu links the CUDA runtime and CUPTI stubs.
+if [ ! -e "$torch_dir/.complete" ]; then
+  say "libtorch $torch_version: about 550 MB to download, 2.3 GB unpacked"
+  partial=$torch_dir.partial
+  rm -rf "$partial"; mkdir -p "$partial"
+  fetch deploy/libtorch-requirements.txt
+  unpack "$partial"
   touch "$partial/.complete"
   rm -rf "$torch_dir"; mv "$partial" "$torch_dir"
 else
   say "libtorch $torch_version: present"
 fi
+
+# NCCL, and what its header includes: the tests run our NCCL collectives against a stand-in, and link them
+# with the real libraries. That needs no GPU and none of the rest of the CUDA set.
+if [ ! -e "$torch_dir/.nccl-complete" ] || [ ! -e "$torch_dir/torch/lib/libtorch_cuda.so" ]; then
+  say "NCCL: about 210 MB to download, 270 MB unpacked"
+  fetch deploy/nccl-requirements.txt
+  # A folder that an earlier version of this script has made lacks it.
+  [ -e "$torch_dir/torch/lib/libtorch_cuda.so" ] || fetch deploy/libtorch-requirements.txt
+  unpack "$torch_dir"
+  touch "$torch_dir/.nccl-complete"
+else
+  say "NCCL: present"
+fi
+
+# What libtorch_cuda itself links: to run on a GPU.
+if [ $with_cuda = 1 ]; then
+  if [ ! -e "$torch_dir/.cuda-complete" ]; then
+    say "CUDA libraries: about 1.7 GB to download, 3 GB unpacked"
+    fetch deploy/cuda-requirements.txt
+    unpack "$torch_dir"
+    touch "$torch_dir/.cuda-complete"
+  fi
+  say "CUDA libraries: present"
+fi
+rm -rf "$wheels"
 
 # ---------------------------------------------------------------- the Python side of `make parity`
 if [ $with_parity = 1 ]; then

@@ -1,6 +1,7 @@
-// simpo-worker: trains one job as one rank of an MPI world, with or without a coordinator.
+// simpo-worker: trains one job as one rank of a gang, with or without a coordinator.
 //
 //   mpirun -n 4 simpo-worker --job job.yaml [--set key=value]...
+//   torchrun --no-python --nproc-per-node 4 simpo-worker --job job.yaml      on GPUs, without MPI
 //   simpo-worker prepare --job job.yaml      downloads and checks model and data, fills the token cache
 //   simpo-worker export --checkpoint DIR     makes a Hugging Face folder of a checkpoint
 //
@@ -8,13 +9,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <fcntl.h>
-#include <mpi.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -39,12 +40,15 @@
 #include "common/status_macros.h"
 #include "worker/advice.h"
 #include "worker/comm/collectives.h"
+#include "worker/comm/join_world.h"
+#include "worker/comm/world.h"
 #include "worker/coordinator_client.h"
 #include "worker/data/hub.h"
 #include "worker/data/prepare.h"
 #include "worker/data/tokenized_dataset.h"
 #include "worker/model/model_config.h"
 #include "worker/model/safetensors.h"
+#include "worker/register_rank.h"
 #include "worker/shard/export_hf.h"
 #include "worker/train.h"
 
@@ -82,10 +86,14 @@ int EnvInt(const char* name, int fallback) {
   return value == nullptr ? fallback : std::atoi(value);
 }
 
-// What mpirun says of this process before MPI has started.
-int EnvRank() { return EnvInt("OMPI_COMM_WORLD_RANK", 0); }
-int EnvLocalRank() { return EnvInt("OMPI_COMM_WORLD_LOCAL_RANK", 0); }
-int EnvLocalSize() { return EnvInt("OMPI_COMM_WORLD_LOCAL_SIZE", 1); }
+// What whoever started this process says of it, before the ranks talk to each other.
+const absl::StatusOr<RankInfo>& Started() {
+  static const auto info = RankFromEnvironment(&std::getenv);
+  return info;
+}
+int EnvRank() { return Started().ok() ? Started()->rank : 0; }
+int EnvLocalRank() { return Started().ok() ? Started()->local_rank : 0; }
+int EnvLocalSize() { return Started().ok() ? Started()->local_size : 1; }
 
 fs::path CacheDir() {
   // Set to nothing is not set.
@@ -353,21 +361,37 @@ void SetThreads(const JobConfig& config) {
   at::set_num_threads(threads);
 }
 
-std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOptions& options, int world_size) {
-  if (flags.coordinator.empty() && flags.coordinator_file.empty()) return nullptr;
+CoordinatorClient::Options ClientOptions(const Flags& flags, int world_size) {
   std::string secret;
   if (const char* file = std::getenv("SIMPO_ATTEMPT_SECRET_FILE")) {
     std::ifstream(file) >> secret;
   }
-  return CoordinatorClient::Start({.address = flags.coordinator,
-                                   .address_file = flags.coordinator_file,
-                                   .job_id = flags.job_id,
-                                   .attempt = flags.attempt,
-                                   .secret = secret,
-                                   .rank = EnvRank(),
-                                   .world_size = world_size,
-                                   .metrics_path = options.output_dir / "metrics.jsonl",
-                                   .eval_metrics_path = options.output_dir / "eval_metrics.jsonl"});
+  return {.address = flags.coordinator,
+          .address_file = flags.coordinator_file,
+          .job_id = flags.job_id,
+          .attempt = flags.attempt,
+          .secret = secret,
+          .rank = EnvRank(),
+          .world_size = world_size};
+}
+
+std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOptions& options, int world_size) {
+  if (flags.coordinator.empty() && flags.coordinator_file.empty()) return nullptr;
+  CoordinatorClient::Options client = ClientOptions(flags, world_size);
+  client.metrics_path = options.output_dir / "metrics.jsonl";
+  client.eval_metrics_path = options.output_dir / "eval_metrics.jsonl";
+  return CoordinatorClient::Start(std::move(client));
+}
+
+// The ranks of this run, joined.
+absl::StatusOr<std::unique_ptr<Collectives>> Join(const Flags& flags, const JobConfig& config) {
+  Meet at_coordinator;
+  if (!flags.coordinator.empty() || !flags.coordinator_file.empty()) {
+    at_coordinator = [&](const std::string& of_rank_0, std::chrono::milliseconds timeout) {
+      return RegisterRank(ClientOptions(flags, Started()->world_size), of_rank_0, timeout);
+    };
+  }
+  return JoinWorld(*Started(), config.device == "cuda", at_coordinator);
 }
 
 // What comes before the first collective. The first rank of each machine does it before MPI starts,
@@ -416,6 +440,7 @@ absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, 
 int RunWorker(const Flags& flags, const ParsedJob& job) {
   // From now on: a stop that comes before the first step is not lost, it ends the run after that step.
   signal(SIGUSR1, [](int) { g_stop_requested = true; });
+  if (!Started().ok()) return Fail(Started().status(), kBadJob);
   TrainOptions options;
   bool made_output_dir = false;
   if (EnvLocalRank() == 0) {
@@ -423,17 +448,15 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
       return Fail(status, ExitCodeOf(status));
     }
   }
-  // The thread that waits in MPI gives its core to the ranks that compute, unless the user says otherwise.
-  setenv("OMPI_MCA_mpi_yield_when_idle", "1", /*overwrite=*/0);
-  int provided = 0;
-  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided);
+  absl::StatusOr<std::unique_ptr<Collectives>> world = Join(flags, job.config);
+  if (!world.ok()) EndGang(Fail(world.status(), ExitCodeOf(world.status())));
+  const std::unique_ptr<Collectives> comm = *std::move(world);
   SetThreads(job.config);
   if (EnvLocalRank() != 0) {
     if (absl::Status status = PrepareRank(flags, job, &options, &made_output_dir); !status.ok()) {
-      MPI_Abort(MPI_COMM_WORLD, Fail(status, ExitCodeOf(status)));
+      EndGang(Fail(status, ExitCodeOf(status)));
     }
   }
-  std::unique_ptr<Collectives> comm = MakeMpiCollectives();
   std::unique_ptr<CoordinatorClient> client;
   int code = kTryAgain;
   std::string message;
@@ -449,11 +472,11 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
     // Peers may be waiting in a collective that this rank will never reach.
     std::fprintf(stderr, "simpo-worker: rank %d: %s\n", comm->rank(), error.what());
     if (client != nullptr) client->Finish(kTryAgain, error.what(), /*timeout_ms=*/2000);
-    MPI_Abort(MPI_COMM_WORLD, kTryAgain);
+    EndGang(kTryAgain);
   }
   if (client != nullptr) client->Finish(code, message, /*timeout_ms=*/10000);
   client.reset();
-  MPI_Finalize();
+  LeaveWorld();
   // A run that could not begin leaves no folder (one with anything in it stays).
   std::error_code not_empty;
   if (made_output_dir && (code == kBadJob || code == kBadInput)) fs::remove(options.output_dir, not_empty);
@@ -462,7 +485,7 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Trains one SimPO job as one rank of an MPI world (mpirun -n N simpo-worker --job FILE).");
+  CLI::App app("Trains one SimPO job as one rank of a gang (mpirun -n N simpo-worker --job FILE).");
   app.add_option("--job", flags.job, "The job file (required, but for export)");
   app.add_option("--set", flags.overrides, "key=value, wins over the file; may be repeated")->take_all();
   app.add_option("--output-dir", flags.output_dir, "Wins over the file's output_dir");

@@ -131,6 +131,96 @@ TEST(SecretsEqualTest, ByContent) {
   EXPECT_FALSE(SecretsEqual("", "abc"));
 }
 
+// One rank's call of Register, on a thread.
+class ServicesRegisterTest : public ServicesTest {
+ protected:
+  struct Result {
+    grpc::Status status;
+    std::string nccl_id;
+  };
+  std::string JobThatRuns() {
+    const std::string id = MustSubmit(JobYaml()).id();
+    EXPECT_TRUE(Eventually([&] { return !views_.FindById(id)->secret.empty(); }));
+    return id;
+  }
+  Result Register(const std::string& id, int rank, int world_size, int pid, int timeout_ms = 60'000,
+                  const std::string& secret = "", grpc::ClientContext* of_caller = nullptr) {
+    grpc::ClientContext own;
+    grpc::ClientContext& context = of_caller != nullptr ? *of_caller : own;
+    context.AddMetadata("simpo-attempt-secret", secret.empty() ? "secret-of-" + id + "/1" : secret);
+    v1::RegisterRequest request;
+    v1::Hello& hello = *request.mutable_hello();
+    hello.set_job_id(id);
+    hello.set_attempt(1);
+    hello.set_rank(rank);
+    hello.set_world_size(world_size);
+    hello.set_pid(pid);
+    if (rank == 0) request.set_nccl_id(std::string("id\0id", 5));
+    request.set_timeout_ms(timeout_ms);
+    v1::RegisterResponse response;
+    Result result;
+    result.status = v1::WorkerService::NewStub(channel_)->Register(&context, request, &response);
+    result.nccl_id = response.nccl_id();
+    return result;
+  }
+};
+
+TEST_F(ServicesRegisterTest, EveryRankGetsTheIdOfRank0) {
+  const std::string id = JobThatRuns();
+  std::vector<Result> results(4);
+  std::vector<std::thread> ranks;
+  for (int rank : {3, 1, 0, 2}) {
+    ranks.emplace_back([&, rank] { results[rank] = Register(id, rank, 4, 100 + rank); });
+  }
+  for (std::thread& rank : ranks) rank.join();
+  for (const Result& result : results) {
+    EXPECT_TRUE(result.status.ok()) << result.status.error_message();
+    EXPECT_EQ(result.nccl_id, std::string("id\0id", 5));
+  }
+}
+
+TEST_F(ServicesRegisterTest, WhoIsMissingIsNamedWhenTheTimeIsUp) {
+  const Result result = Register(JobThatRuns(), 1, 3, 7, /*timeout_ms=*/100);
+  EXPECT_EQ(result.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(result.status.error_message(), HasSubstr("ranks 0, 2 of 3"));
+}
+
+TEST_F(ServicesRegisterTest, StrangersAndRanksThatCannotBeAreRefused) {
+  const std::string id = JobThatRuns();
+  EXPECT_EQ(Register(id, 0, 1, 7, 1000, "wrong").status.error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(Register("no-such-job", 0, 1, 7, 1000).status.error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  for (const auto& [rank, world] : {std::pair(2, 2), std::pair(-1, 2), std::pair(0, 0), std::pair(0, 2'000'000)}) {
+    EXPECT_EQ(Register(id, rank, world, 7, 1000).status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  }
+}
+
+TEST_F(ServicesRegisterTest, ARankThatLostItsCallComesAgain) {
+  const std::string id = JobThatRuns();
+  grpc::ClientContext lost;
+  std::thread first(
+      [&] { EXPECT_EQ(Register(id, 1, 2, 7, 60'000, "", &lost).status.error_code(), grpc::StatusCode::CANCELLED); });
+  lost.TryCancel();
+  first.join();
+  Result again, zero;
+  std::thread one([&] { again = Register(id, 1, 2, 7); });
+  zero = Register(id, 0, 2, 6);
+  one.join();
+  EXPECT_TRUE(again.status.ok() && zero.status.ok());
+}
+
+// The server ends although ranks wait.
+TEST_F(ServicesRegisterTest, AShutdownEndsTheCallsThatWait) {
+  const std::string id = JobThatRuns();
+  std::atomic<bool> ended = false;
+  std::thread waits([&] {
+    EXPECT_FALSE(Register(id, 0, 2, 7).status.ok());
+    ended = true;
+  });
+  server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(50));
+  waits.join();
+  EXPECT_TRUE(ended);
+}
+
 TEST_F(ServicesTest, OnlyTheAttemptsOwnSecretLetsARankIn) {
   const std::string id = MustSubmit(JobYaml()).id();
   const std::string other = MustSubmit(JobYaml()).id();

@@ -31,9 +31,11 @@ FORBIDDEN = {
 
 # One file each that alone may know a thing.
 ONLY_IN = {
-    MPI: {"worker/main.cc", "worker/comm/collectives_mpi.cc"},
+    MPI: {"worker/comm/join_world.cc", "worker/comm/collectives_mpi.cc"},
     r"worker/hf_ffi/": {f"worker/data/{name}" for name in ("chat_template.cc", "chat_template.h", "ffi_bytes.h",
                                                            "tokenizer.cc", "tokenizer.h")},
+    r"nccl\.h": {"worker/comm/collectives_nccl.cc"},
+    r"(cuda_runtime|c10/cuda|ATen/cuda)": {"worker/comm/cuda_calls.cc", "worker/comm/cuda_calls.h"},
     r"sqlite3\.h": {"coordinator/sqlite.cc", "coordinator/sqlite.h"},
     r"coordinator/launcher_\w+\.h": {"coordinator/server.cc", "coordinator/launcher_mpirun.cc"},
 }

@@ -3,9 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <utility>
 
 namespace simpo {
@@ -71,8 +73,20 @@ class Collectives {
 // own makes every MPI call, so that collectives proceed while the rank computes.
 std::unique_ptr<Collectives> MakeMpiCollectives();
 
-// NCCL on GPU tensors, one GPU per rank; `host` carries the unique id. Only in builds with SIMPO_CUDA.
-std::unique_ptr<Collectives> MakeNcclCollectives(Collectives& host);
+struct NcclOptions {
+  std::chrono::milliseconds timeout{600'000};          // of one collective, from when its turn has come
+  std::chrono::milliseconds connect_timeout{300'000};  // for all ranks to join
+  std::chrono::milliseconds watch_interval{100};       // how often the communicator is looked at
+};
+
+// Gives every rank the bytes that rank 0 passes.
+using ShareBytes = std::function<std::string(const std::string& of_rank_0)>;
+
+// NCCL, one rank per GPU (the calling thread's current device). Wait on a tensor in device memory orders
+// the current stream and does not block; tensors in host memory are staged through the device. A peer
+// that is lost and a collective that does not end make every later call throw. `share` is called once.
+std::unique_ptr<Collectives> MakeNcclCollectives(int rank, int world_size, const ShareBytes& share,
+                                                 const NcclOptions& options = {});
 
 // A world of one rank: every verb is the identity. Also what unit tests use.
 std::unique_ptr<Collectives> MakeSingleRankCollectives();

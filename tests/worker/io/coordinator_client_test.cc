@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cmath>
@@ -19,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 #include "tests/worker/io/test_files.h"
+#include "worker/register_rank.h"
 
 namespace simpo {
 namespace {
@@ -78,6 +80,21 @@ class FakeCoordinator final : public v1::WorkerService::Service {
     }
     return grpc::Status::OK;
   }
+
+  // UNAVAILABLE as often as asked, then the id.
+  grpc::Status Register(grpc::ServerContext* context, const v1::RegisterRequest* request,
+                        v1::RegisterResponse* response) override {
+    const std::lock_guard lock(mutex_);
+    registers_.push_back(*request);
+    const auto secret = context->client_metadata().find("simpo-attempt-secret");
+    if (secret != context->client_metadata().end()) secret_ = std::string(secret->second.data(), secret->second.size());
+    if (!register_status_.ok() && register_failures_-- > 0) return register_status_;
+    response->set_nccl_id("the id");
+    return grpc::Status::OK;
+  }
+  grpc::Status register_status_;
+  int register_failures_ = 0;
+  std::vector<v1::RegisterRequest> registers_;
 
   // Until `condition` holds of what was heard; false after 20 s.
   bool Wait(const std::function<bool()>& condition) {
@@ -139,6 +156,50 @@ class CoordinatorClientTest : public ::testing::Test {
 
   TempDir dir_;
 };
+
+CoordinatorClient::Options RankOptions(const std::string& address) {
+  return {.address = address, .job_id = "job-1", .attempt = 3, .secret = "s", .rank = 1, .world_size = 4};
+}
+
+TEST(RegisterRankTest, SaysWhoItIsAndTakesTheId) {
+  FakeCoordinator coordinator;
+  const auto id = RegisterRank(RankOptions(coordinator.address()), "mine", std::chrono::seconds(30));
+  ASSERT_TRUE(id.ok()) << id.status();
+  EXPECT_EQ(*id, "the id");
+  ASSERT_EQ(coordinator.registers_.size(), 1u);
+  const v1::RegisterRequest& request = coordinator.registers_[0];
+  EXPECT_EQ(request.hello().job_id(), "job-1");
+  EXPECT_EQ(request.hello().attempt(), 3);
+  EXPECT_EQ(request.hello().rank(), 1);
+  EXPECT_EQ(request.hello().world_size(), 4);
+  EXPECT_EQ(request.hello().pid(), getpid());
+  EXPECT_EQ(request.nccl_id(), "mine");
+  EXPECT_GT(request.timeout_ms(), 25'000);
+  EXPECT_EQ(coordinator.secret_, "s");
+}
+
+TEST(RegisterRankTest, AnOutageIsTriedAgainAndARefusalIsNot) {
+  FakeCoordinator coordinator;
+  coordinator.register_status_ = {grpc::StatusCode::UNAVAILABLE, "away"};
+  coordinator.register_failures_ = 2;
+  EXPECT_TRUE(RegisterRank(RankOptions(coordinator.address()), "", std::chrono::seconds(30)).ok());
+  EXPECT_EQ(coordinator.registers_.size(), 3u);
+  coordinator.register_status_ = {grpc::StatusCode::FAILED_PRECONDITION, "two ranks 1"};
+  coordinator.register_failures_ = 1;
+  const auto id = RegisterRank(RankOptions(coordinator.address()), "", std::chrono::seconds(30));
+  EXPECT_EQ(id.status(), absl::FailedPreconditionError("two ranks 1"));
+  EXPECT_EQ(coordinator.registers_.size(), 4u);
+}
+
+TEST(RegisterRankTest, WhenTheTimeIsUpItSaysWhatTheCoordinatorSaid) {
+  FakeCoordinator coordinator;
+  coordinator.register_status_ = {grpc::StatusCode::UNAVAILABLE, "ranks 2, 3 of 4 did not come"};
+  coordinator.register_failures_ = 1000;
+  const auto id = RegisterRank(RankOptions(coordinator.address()), "", std::chrono::milliseconds(100));
+  EXPECT_EQ(id.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(id.status().message(), ::testing::HasSubstr("ranks 2, 3 of 4 did not come"));
+  EXPECT_THAT(id.status().message(), ::testing::HasSubstr(coordinator.address()));
+}
 
 TEST_F(CoordinatorClientTest, SaysWhoItIsAndSendsEveryStepOnce) {
   FakeCoordinator coordinator;
