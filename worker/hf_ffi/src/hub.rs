@@ -293,7 +293,8 @@ impl Hub {
         let mut closed = Value::Null;
         for page in 0..20 {
             let url = format!("{}/api/models/{}/discussions?p={page}", self.endpoint, request.repo);
-            let text = hub_transfer::get_text(self, &url, hub_transfer::TRIES).map_err(|problem| self.explain(request, "", problem))?;
+            let text = hub_transfer::get_text(self, &url, hub_transfer::TRIES)
+                .map_err(|problem| self.explain(request, "", problem))?;
             let answer: Value = serde_json::from_str(&text).unwrap_or_default();
             let discussions = answer["discussions"].as_array().cloned().unwrap_or_default();
             for item in &discussions {
@@ -343,21 +344,21 @@ impl Hub {
     /// A refusal of the hub in the user's terms.
     fn refusal(&self, request: &Request, file: &str, answer: hub_transfer::Answer) -> Failure {
         let name = request.name();
-        let page = format!(
-            "{}/{}{}",
-            self.endpoint,
-            if request.kind == "dataset" { "datasets/" } else { "" },
-            request.repo
-        );
-        let put_token = format!("put its token into HF_TOKEN or run `hf auth login` (it writes {})", self.token_path.display());
+        let page =
+            format!("{}/{}{}", self.endpoint, if request.kind == "dataset" { "datasets/" } else { "" }, request.repo);
+        let put_token =
+            format!("put its token into HF_TOKEN or run `hf auth login` (it writes {})", self.token_path.display());
         let (code, message) = match (answer.status, answer.code.as_str()) {
             (_, "GatedRepo") | (403, _) => (
                 PERMISSION_DENIED,
                 match self.token {
-                    None => format!("{name} is gated: accept its licence on {page} with an account of the hub, then {put_token}"),
+                    None => format!(
+                        "{name} is gated: accept its licence on {page} with an account of the hub, then {put_token}"
+                    ),
                     Some(_) => format!(
-                        "{name} is gated, and the account of the given token has no access yet: accept its licence on {page} \
-                         with that account (a token with fine-grained rights needs 'read access to public gated repos'), or {put_token}"
+                        "{name} is gated, and the account of the given token has no access yet: accept its licence on \
+                         {page} with that account (a token with fine-grained rights needs 'read access to public \
+                         gated repos'), or {put_token}"
                     ),
                 },
             ),
@@ -369,7 +370,9 @@ impl Hub {
                 NOT_FOUND,
                 format!("{name} has no revision '{}': see {page}/tree/main", request.revision),
             ),
-            (404, _) if !file.is_empty() => (NOT_FOUND, format!("{name} has no file {file} in revision {}", request.revision)),
+            (404, _) if !file.is_empty() => {
+                (NOT_FOUND, format!("{name} has no file {file} in revision {}", request.revision))
+            }
             (401 | 404, _) => (
                 NOT_FOUND,
                 format!(

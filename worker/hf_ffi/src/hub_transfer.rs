@@ -22,7 +22,10 @@ pub struct Answer {
 
 pub enum Problem {
     /// May go away: a lost connection, a busy server. `after`: the server's own wish.
-    Passing { message: String, after: Option<Duration> },
+    Passing {
+        message: String,
+        after: Option<Duration>,
+    },
     Status(Answer),
     Fatal(Failure),
 }
@@ -56,7 +59,11 @@ const LONGEST_WAIT: Duration = Duration::from_secs(300); // the hub's own limits
 
 pub fn disk_failure(path: &Path, error: &io::Error) -> Failure {
     let full = matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    let remedy = if full { "free some space, or let HF_HOME name a folder on a larger disk" } else { "HF_HOME names another folder" };
+    let remedy = if full {
+        "free some space, or let HF_HOME name a folder on a larger disk"
+    } else {
+        "HF_HOME names another folder"
+    };
     Failure {
         code: if full { RESOURCE_EXHAUSTED } else { UNAVAILABLE },
         message: format!("cannot write {}: {error}; {remedy}", path.display()),
@@ -172,7 +179,11 @@ fn check_status(response: Response<Body>, url: &str, at_endpoint: bool) -> Resul
 
 /// Calls `attempt` until it succeeds, fails for good, or has failed `most` times without any progress
 /// (the number that it is given to count up).
-fn with_retries<T>(what: &str, most: u32, mut attempt: impl FnMut(&mut u64) -> Result<T, Problem>) -> Result<T, Problem> {
+fn with_retries<T>(
+    what: &str,
+    most: u32,
+    mut attempt: impl FnMut(&mut u64) -> Result<T, Problem>,
+) -> Result<T, Problem> {
     let mut tries = 0;
     loop {
         let mut progress = 0;
@@ -218,12 +229,18 @@ pub fn ask_file(hub: &Hub, url: &str) -> Result<RemoteFile, Problem> {
 }
 
 /// Brings one file to `blob`, under the lock that huggingface_hub takes too.
-pub fn fetch_blob(hub: &Hub, name: &str, url: &str, file: &RemoteFile, blob: &Path, lock: &Path) -> Result<(), Problem> {
+pub fn fetch_blob(
+    hub: &Hub,
+    name: &str,
+    url: &str,
+    file: &RemoteFile,
+    blob: &Path,
+    lock: &Path,
+) -> Result<(), Problem> {
     let make = |path: &Path| fs::create_dir_all(path.parent().unwrap_or(path)).map_err(|e| Problem::disk(path, &e));
     make(lock)?;
     make(blob)?;
-    let lock_file =
-        OpenOptions::new().create(true).append(true).open(lock).map_err(|e| Problem::disk(lock, &e))?;
+    let lock_file = OpenOptions::new().create(true).append(true).open(lock).map_err(|e| Problem::disk(lock, &e))?;
     if let Err(TryLockError::WouldBlock) = lock_file.try_lock() {
         eprintln!("{name}: another process is downloading it; waiting (lock {})", lock.display());
         lock_file.lock().map_err(|e| Problem::disk(lock, &e))?;
@@ -249,7 +266,10 @@ pub fn fetch_blob(hub: &Hub, name: &str, url: &str, file: &RemoteFile, blob: &Pa
         if last_try {
             return Err(Problem::Fatal(Failure {
                 code: DATA_LOSS,
-                message: format!("{message}. Twice is no accident: look at the file on {}, or at the proxy between", hub.endpoint),
+                message: format!(
+                    "{message}. Twice is no accident: look at the file on {}, or at the proxy between",
+                    hub.endpoint
+                ),
             }));
         }
         eprintln!("{name}: {message}; downloading it again");
@@ -322,7 +342,9 @@ fn copy(
     while *received < size {
         let room = buffer.len().min((size - *received) as usize);
         let count = match body.read(&mut buffer[..room]) {
-            Ok(0) => return Err(CopyError::Connection(format!("the connection ended {} bytes early", size - *received))),
+            Ok(0) => {
+                return Err(CopyError::Connection(format!("the connection ended {} bytes early", size - *received)))
+            }
             Ok(count) => count,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
             Err(e) => return Err(CopyError::Connection(format!("the connection was lost ({e})"))),
