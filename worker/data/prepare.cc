@@ -424,8 +424,9 @@ int64_t SizeOf(const fs::path& source) {
   std::error_code error;
   if (fs::is_regular_file(source, error)) return static_cast<int64_t>(fs::file_size(source, error));
   int64_t bytes = 0;
-  for (const auto& item : fs::recursive_directory_iterator(source, error)) {
-    if (item.is_regular_file(error)) bytes += static_cast<int64_t>(item.file_size(error));
+  for (fs::recursive_directory_iterator item(source, error), end; !error && item != end; item.increment(error)) {
+    std::error_code unreadable;
+    if (item->is_regular_file(unreadable)) bytes += static_cast<int64_t>(item->file_size(unreadable));
   }
   return bytes;
 }
