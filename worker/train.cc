@@ -148,7 +148,8 @@ absl::Status Run::OpenData() {
   }
   if (config_.load_best_model_at_end && eval_data_ == nullptr) {
     return absl::FailedPreconditionError(
-        "load_best_model_at_end: there is no evaluation data to choose by. Leave do_eval true and give the name of an evaluation split as "
+        "load_best_model_at_end: there is no evaluation data to choose by. Leave do_eval true and give the name of an "
+        "evaluation split as "
         "the second of dataset_splits, or eval_dataset_mixer, or leave load_best_model_at_end out");
   }
   return absl::OkStatus();
