@@ -155,5 +155,26 @@ TEST(RotaryAngles, FollowTheirFormulas) {
   EXPECT_NEAR(angles[31].item<double>() * 8, std::pow(500000.0, -62.0 / kDim), 1e-9);
 }
 
+// Angles that depend on the length are those of each sequence alone, and a prefix shared by sequences of
+// different angles is a mistake that cannot go unseen.
+TEST(RotaryAngles, AreOfEachSequencesLength) {
+  ModelConfig config;
+  config.head_dim = 8;
+  config.rope = {.type = "dynamic", .factor = 4, .original_max_position_embeddings = 10};
+  PackedBatch batch;
+  batch.pairs = {{.begin = 0, .prefix = 3, .chosen_rest = 2, .rejected_rest = 1},    // 6 and 5 tokens: unscaled
+                 {.begin = 6, .prefix = 0, .chosen_rest = 14, .rejected_rest = 4}};  // 15 and 5
+  batch.positions_T = at::cat({at::arange(5), at::arange(3, 4), at::arange(14), at::arange(4)}).to(at::kLong);
+  const at::Tensor sin = ComputeRotaryAngles(config, batch).sin_TR;
+  const at::Tensor unscaled = ComputeRotaryAngles(config, batch.positions_T, 5).sin_TR;
+  EXPECT_TRUE(at::equal(sin.narrow(0, 0, 6), unscaled.narrow(0, 0, 6)));
+  EXPECT_TRUE(at::equal(sin.narrow(0, 20, 4), unscaled.narrow(0, 20, 4)));
+  const double theta = 10000 * std::pow(4 * 1.5 - 3, 8.0 / 6);  // of 15 tokens
+  EXPECT_NEAR(sin[6 + 13][1].item<double>(), std::sin(13 / std::pow(theta, 2.0 / 8)), 1e-6);
+
+  batch.pairs[1] = {.begin = 6, .prefix = 4, .chosen_rest = 10, .rejected_rest = 4};
+  EXPECT_THROW(ComputeRotaryAngles(config, batch), c10::Error);
+}
+
 }  // namespace
 }  // namespace simpo

@@ -103,5 +103,19 @@ TEST(Pack, ScoredTokensFollowTheirRows) {
   }
 }
 
+// Where angles depend on the length, a pair with a sequence beyond the limit shares nothing.
+TEST(Pack, SharesUpToALength) {
+  const std::vector<OwnedPair> pairs = {{{1, 2, 3, 4, 5}, {1, 2, 3, 6}, 2, 2},
+                                        {{1, 2, 3, 4, 5, 6}, {1, 2, 3, 7}, 2, 2}};
+  const std::vector<TokenizedPair> views = Views(pairs);
+  const PackedBatch batch = Pack(views, /*share_up_to=*/5);
+  EXPECT_EQ(batch.pairs[0].prefix, 3);
+  EXPECT_EQ(batch.pairs[1].prefix, 0);
+  EXPECT_EQ(batch.pairs[1].chosen_rest, 5);
+  EXPECT_EQ(batch.pairs[1].rejected_rest, 3);
+  for (int i : {0, 1}) EXPECT_EQ(batch.pairs[i].size(), PackedSize(views[i], 5));
+  EXPECT_EQ(batch.scored_tokens, Pack(views).scored_tokens);
+}
+
 }  // namespace
 }  // namespace simpo

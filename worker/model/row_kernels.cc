@@ -66,12 +66,17 @@ inline float Tanh(float x) {
 // gelu(x) = x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3).
 inline float GeluGate(float x) { return Sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
 
-// `value` as T holds it.
+// `value` as T holds it. A NaN that arithmetic made of T's own NaN, or by itself, stays one.
 template <typename T>
-inline float Rounded(float value) {
-  T stored;
-  Store(&stored, value);
-  return Load(stored);
+inline float Rounded(float value);
+template <>
+inline float Rounded<float>(float value) {
+  return value;
+}
+template <>
+inline float Rounded<Bf16Bits>(float value) {
+  const uint32_t bits = Bits(value);
+  return Bits((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
 template <typename T, bool round_first>
