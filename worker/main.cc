@@ -130,6 +130,7 @@ absl::StatusOr<fs::path> LocalFolder(const std::string& value, const char* key) 
 absl::Status FillOptions(const Flags& flags, const ParsedJob& job, TrainOptions* options) {
   options->config = job.config;
   const JobConfig& config = options->config;
+  SIMPO_RETURN_IF_ERROR(CheckDevice(config.device == "cuda"));
   SIMPO_ASSIGN_OR_RETURN(options->model_dir, LocalFolder(config.model_name_or_path, "model_name_or_path"));
   options->tokenizer_dir = options->model_dir;
   if (!config.tokenizer_name_or_path.empty()) {

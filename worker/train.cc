@@ -47,7 +47,7 @@ double Seconds(Clock::time_point since) { return std::chrono::duration<double>(C
 
 at::ScalarType ComputeDtype(const JobConfig& config, const ModelConfig& model) {
   const std::string& name = config.torch_dtype == "auto" ? model.dtype : config.torch_dtype;
-  if (config.torch_dtype == "auto") return at::kFloat;  // on the CPU
+  if (config.torch_dtype == "auto") return config.device == "cuda" ? at::kBFloat16 : at::kFloat;
   return name == "bfloat16" ? at::kBFloat16 : at::kFloat;
 }
 
@@ -155,7 +155,8 @@ absl::Status Run::Load() {
       ShardingOptions{.compute_dtype = dtype,
                       .zero_stage = config_.zero_stage,
                       .reduce_dtype = config_.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat,
-                      .offload_optimizer = config_.offload_optimizer == "cpu"},
+                      .offload_optimizer = config_.offload_optimizer == "cpu",
+                      .device = at::Device(config_.device)},
       comm_);
   decoder_ = std::make_unique<Decoder>(options_.model, *params_);
   global_batch_size_ = config_.global_batch_size;
