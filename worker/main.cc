@@ -149,6 +149,7 @@ absl::StatusOr<HubFiles> FindFolder(const char* key, const std::string& value,
 // Model and tokenizer as folders of this machine. Config and notes name what was found.
 absl::Status FindModel(HubAccess access, TrainOptions* options) {
   const JobConfig& config = options->config;
+  SIMPO_RETURN_IF_ERROR(CheckDevice(config.device == "cuda"));
   const std::string& name = config.model_name_or_path;
   const std::string& tokenizer = config.tokenizer_name_or_path;
   const auto check = [](const fs::path& dir) { return ReadModelConfig(dir).status(); };

@@ -51,7 +51,7 @@ double Seconds(Clock::time_point since) { return std::chrono::duration<double>(C
 
 at::ScalarType ComputeDtype(const JobConfig& config, const ModelConfig& model) {
   const std::string& name = config.torch_dtype == "auto" ? model.dtype : config.torch_dtype;
-  if (config.torch_dtype == "auto") return at::kFloat;  // on the CPU
+  if (config.torch_dtype == "auto") return config.device == "cuda" ? at::kBFloat16 : at::kFloat;
   return name == "bfloat16" ? at::kBFloat16 : at::kFloat;
 }
 
@@ -455,7 +455,8 @@ ShardingOptions ShardingOf(const JobConfig& config, const ModelConfig& model) {
   return {.compute_dtype = ComputeDtype(config, model),
           .zero_stage = config.zero_stage,
           .reduce_dtype = config.reduce_dtype == "bfloat16" ? at::kBFloat16 : at::kFloat,
-          .offload_optimizer = config.offload_optimizer == "cpu"};
+          .offload_optimizer = config.offload_optimizer == "cpu",
+          .device = at::Device(config.device)};
 }
 
 absl::StatusOr<TrainOutcome> Train(const TrainOptions& options, Collectives& comm) {

@@ -76,7 +76,7 @@ zero_stage: 3
 offload_optimizer: cpu
 reduce_dtype: bfloat16
 deterministic: true
-resources: {nodes: 1, ranks_per_node: 2, device: cpu, threads_per_rank: 1}
+resources: {nodes: 1, ranks_per_node: 2, device: cuda, threads_per_rank: 1}
 do_eval: false
 eval_on_start: true
 eval_strategy: steps

@@ -211,14 +211,16 @@ TEST_F(ServicesRegisterTest, ARankThatLostItsCallComesAgain) {
 // The server ends although ranks wait.
 TEST_F(ServicesRegisterTest, AShutdownEndsTheCallsThatWait) {
   const std::string id = JobThatRuns();
-  std::atomic<bool> ended = false;
-  std::thread waits([&] {
-    EXPECT_FALSE(Register(id, 0, 2, 7).status.ok());
-    ended = true;
-  });
+  grpc::Status status;
+  std::thread waits([&] { status = Register(id, 0, 3, 7).status; });
+  // Another rank sees that it waits.
+  EXPECT_TRUE(Eventually([&] {
+    const std::string missing = Register(id, 1, 3, 8, /*timeout_ms=*/20).status.error_message();
+    return missing.find("rank 2 of 3") != std::string::npos;
+  }));
   server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(50));
   waits.join();
-  EXPECT_TRUE(ended);
+  EXPECT_FALSE(status.ok());
 }
 
 TEST_F(ServicesTest, OnlyTheAttemptsOwnSecretLetsARankIn) {

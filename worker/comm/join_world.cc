@@ -91,13 +91,23 @@ absl::StatusOr<std::unique_ptr<Collectives>> JoinGpus(const RankInfo& me, std::u
 }
 #else
 absl::StatusOr<std::unique_ptr<Collectives>> JoinGpus(const RankInfo&, std::unique_ptr<Collectives>, const Meet&) {
-  return absl::FailedPreconditionError(
-      "resources.device is cuda, but this simpo-worker is built for the CPU: build it with 'make build PRESET=cuda' "
-      "(docs/gpu.md), or set resources.device: cpu");
+  return CheckDevice(/*on_gpus=*/true);
 }
 #endif
 
 }  // namespace
+
+absl::Status CheckDevice(bool on_gpus) {
+#ifdef SIMPO_CUDA
+  constexpr bool kHasCuda = true;
+#else
+  constexpr bool kHasCuda = false;
+#endif
+  if (kHasCuda || !on_gpus) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      "resources.device is cuda, but this simpo-worker is built for the CPU: build it with 'make build PRESET=cuda' "
+      "(docs/gpu.md), or set resources.device: cpu");
+}
 
 absl::StatusOr<std::unique_ptr<Collectives>> JoinWorld(const RankInfo& me, bool on_gpus, const Meet& at_coordinator) {
   std::unique_ptr<Collectives> mpi;

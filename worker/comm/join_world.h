@@ -15,6 +15,9 @@ namespace simpo {
 // Meets the other ranks somewhere and gives each the bytes of rank 0; as MeetOverTcp.
 using Meet = std::function<absl::StatusOr<std::string>(const std::string& of_rank_0, std::chrono::milliseconds)>;
 
+// Whether this build has what the device needs; an error says how to get it.
+absl::Status CheckDevice(bool on_gpus);
+
 // Joins the gang that this process was started for. On CPUs ranks talk over MPI. On GPUs they talk over NCCL,
 // whose id they get over MPI where mpirun or srun started them, else from `at_coordinator`, else, where that
 // is null, at MASTER_ADDR. Environment: SIMPO_JOIN_TIMEOUT_S, SIMPO_NCCL_TIMEOUT_S. MPI runs afterwards
