@@ -450,7 +450,11 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
     }
   }
   absl::StatusOr<std::unique_ptr<Collectives>> world = Join(flags, job.config);
-  if (!world.ok()) EndGang(Fail(world.status(), ExitCodeOf(world.status())));
+  std::error_code not_empty;
+  if (!world.ok()) {
+    if (made_output_dir) fs::remove(options.output_dir, not_empty);
+    EndGang(Fail(world.status(), ExitCodeOf(world.status())));
+  }
   const std::unique_ptr<Collectives> comm = *std::move(world);
   SetThreads(job.config);
   if (EnvLocalRank() != 0) {
@@ -479,7 +483,6 @@ int RunWorker(const Flags& flags, const ParsedJob& job) {
   client.reset();
   LeaveWorld();
   // A run that could not begin leaves no folder (one with anything in it stays).
-  std::error_code not_empty;
   if (made_output_dir && (code == kBadJob || code == kBadInput)) fs::remove(options.output_dir, not_empty);
   return code;
 }

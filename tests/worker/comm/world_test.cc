@@ -159,7 +159,7 @@ TEST_F(MeetOverTcpTest, LateRanksAreWaitedFor) {
 }
 
 TEST_F(MeetOverTcpTest, MissingRanksAreNamed) {
-  for (const char* rank : {"0", "2"}) Start(rank, 5, 3000);
+  for (const char* rank : {"0", "2"}) Start(rank, 5, 6000);
   const std::vector<std::string> results = Results();
   EXPECT_THAT(results[0], AllOf(StartsWith("UNAVAILABLE"), HasSubstr("ranks 1, 3, 4 of 5 did not come"),
                                 HasSubstr(absl::StrCat("127.0.0.1:", port_))));
@@ -191,8 +191,8 @@ TEST_F(MeetOverTcpTest, TwoRanksWithOneNumberAreAnErrorEverywhere) {
 }
 
 TEST_F(MeetOverTcpTest, TwoRanks0CannotServeOnePlace) {
-  Start("0", 2, 3000);
-  Start("0", 2, 3000);
+  Start("0", 2, 6000);
+  Start("0", 2, 6000);
   const std::vector<std::string> results = Results();
   EXPECT_THAT(results,
               testing::Contains(AllOf(HasSubstr("rank 0 cannot serve the meeting place"), HasSubstr("only RANK 0"))));
