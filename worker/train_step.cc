@@ -32,7 +32,7 @@ SimpoStats ForwardBackward(const Decoder& decoder, ShardedParams& params, const 
                            bool last) {
   const int64_t layers = decoder.num_layers();
   const int64_t head = BucketOf(layers);
-  const BatchContext context = decoder.MakeContext(batch, params.compute_dtype());
+  const BatchContext context = decoder.MakeContext(batch, params.compute_dtype(), params.options().device);
   std::vector<at::Tensor> inputs(layers);
   std::vector<at::Tensor> outputs(layers);  // with their graphs, unless checkpointing
 
@@ -78,7 +78,7 @@ SimpoStats ForwardBackward(const Decoder& decoder, ShardedParams& params, const 
 SimpoStats ForwardOnly(const Decoder& decoder, ShardedParams& params, const PackedBatch& batch, const SimpoLoss& loss,
                        const std::function<void(int64_t layer, const at::Tensor& hidden_TH)>& observe) {
   at::NoGradGuard no_grad;
-  const BatchContext context = decoder.MakeContext(batch, params.compute_dtype());
+  const BatchContext context = decoder.MakeContext(batch, params.compute_dtype(), params.options().device);
   params.Gather(kEmbeddings, BucketOf(0));
   at::Tensor hidden_TH = decoder.Embed(batch.input_ids_T);
   params.Release(kEmbeddings);
