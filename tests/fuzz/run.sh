@@ -7,12 +7,12 @@ cd "$(dirname "$0")/../.."
 build=${1:?the build folder} seconds=${2:?seconds for each target}
 shift 2
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(rows csv json parquet tokenizer chat_template)
+[ ${#targets[@]} -gt 0 ] || targets=(rows csv json parquet tokenizer chat_template safetensors manifest)
 tests/fuzz/make_corpus.py "$build/corpus"
 failed=()
 for target in "${targets[@]}"; do
   echo "== $target"
-  mkdir -p "$build/found/$target"
+  mkdir -p "$build/found/$target" "$build/corpus/$target"
   # A template or page may double what it holds within one step, so one input may take some memory.
   "$build/bin/fuzz_$target" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=4096 -max_len=65536 -print_final_stats=1 \
     -artifact_prefix="$build/found/$target-" "$build/found/$target" "$build/corpus/$target" 2>"$build/found/$target.log" \

@@ -101,6 +101,24 @@ TEST_P(PairAttentionOf, EachSequenceAlone) {
   }
 }
 
+// On a GPU: one call of ATen's variable-length kernel, whose place flash_stand_in.cc takes here.
+TEST_P(PairAttentionOf, TheVariableLengthKernelIsGivenTheSameSequences) {
+  if (GetParam().softcap > 0) return;  // that kernel has none: PairAttention does not call it then
+  std::vector<PackedPair> pairs = SomePairs();
+  const int64_t rows = pairs.back().begin + pairs.back().size();
+  const at::Tensor values =
+      at::randn({rows, kHeads + 2 * kKvHeads, kHeadDim}, at::detail::createCPUGenerator(5), at::kDouble);
+  const at::Tensor gy = at::randn({rows, kHeads * kHeadDim}, at::detail::createCPUGenerator(6), at::kDouble);
+  at::Tensor qkv = values.clone().requires_grad_(true);
+  at::Tensor plain = values.clone().requires_grad_(true);
+  const at::Tensor got = VariableLengthAttention(qkv, GetParam().config(), GetParam().Plan(pairs, at::kDouble));
+  const at::Tensor want = NaiveOfPairs(plain, pairs, GetParam());
+  EXPECT_LE((got - want).abs().max().item<double>(), 1e-12);
+  got.backward(gy);
+  want.backward(gy);
+  EXPECT_LE((qkv.grad() - plain.grad()).abs().max().item<double>(), 1e-11);
+}
+
 // No token of one pair, and none of chosen and rejected, ever reaches the other.
 TEST_P(PairAttentionOf, NothingLeaks) {
   const std::vector<PackedPair> pairs = SomePairs();

@@ -1,5 +1,5 @@
-// Shape letters: T rows of the batch, Q query rows and S key rows of one call, K key-value heads,
-// G query heads per key-value head, D head size.
+// Shape letters: T rows of the batch, A all heads of q, k and v, Q query rows and S key rows of one call, K key-value
+// heads, G query heads per key-value head, D head size.
 #include "worker/model/attention.h"
 
 #include <ATen/ATen.h>
@@ -88,7 +88,7 @@ at::Tensor Scores(const at::Tensor& q, const at::Tensor& k, const at::Tensor& ma
 }
 
 // The attention of one chunk, q [K, G, Q, D], k and v [K, G, S, D]: the output and log sum exp of each
-// query. A device's own variable-length kernel would stand before this, in PairAttention.
+// query.
 std::pair<at::Tensor, at::Tensor> Attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                          const Chunk& chunk, const AttentionConfig& config) {
   if (IsFused(q, config)) {
@@ -123,6 +123,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> AttendBackward(const at::Tensor& 
   const at::Tensor rounded = gscores.mul_(config.scale).to(q.scalar_type());
   return {at::matmul(rounded, k), at::matmul(rounded.transpose(2, 3), q), gv};
 }
+
+// What an attention saves of its call beside tensors.
+struct Call : torch::CustomClassHolder {
+  Call(const AttentionConfig& c, std::shared_ptr<const AttentionPlan> p) : config(c), plan(std::move(p)) {}
+  AttentionConfig config;
+  std::shared_ptr<const AttentionPlan> plan;
+};
 
 struct AttentionFunction : Function<AttentionFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& qkv_TAD, const AttentionConfig& config,
@@ -178,12 +185,6 @@ struct AttentionFunction : Function<AttentionFunction> {
   }
 
  private:
-  struct Call : torch::CustomClassHolder {
-    Call(const AttentionConfig& c, std::shared_ptr<const AttentionPlan> p) : config(c), plan(std::move(p)) {}
-    AttentionConfig config;
-    std::shared_ptr<const AttentionPlan> plan;
-  };
-
   // Adds grad [K, G, S, D] of a chunk's keys or values to their rows, those in the prefix and the own.
   static void AddToKeys(const at::Tensor& grad_TAD, const Segment& segment, const Chunk& chunk,
                         const AttentionConfig& config, int64_t which, const at::Tensor& grad) {
@@ -199,11 +200,75 @@ struct AttentionFunction : Function<AttentionFunction> {
   }
 };
 
+// One call of the kernel for all sequences; causal, aligned at each sequence's last query and key.
+struct VariableLengthFunction : Function<VariableLengthFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& qkv_TAD, const AttentionConfig& config,
+                            const std::shared_ptr<const AttentionPlan>& plan) {
+    const AttentionPlan::Sequences& sequences = plan->sequences();
+    const at::Tensor kv_SAD = qkv_TAD.narrow(1, config.heads, 2 * config.kv_heads).index_select(0, sequences.key_rows);
+    const auto [out, lse, rng_state, unused, debug_mask] = at::_flash_attention_forward(
+        qkv_TAD.narrow(1, 0, config.heads), kv_SAD.narrow(1, 0, config.kv_heads),
+        kv_SAD.narrow(1, config.kv_heads, config.kv_heads), sequences.cumulative_queries, sequences.cumulative_keys,
+        sequences.longest_queries, sequences.longest_keys, /*dropout_p=*/0.0, /*is_causal=*/true,
+        /*return_debug_mask=*/false, config.scale, WindowLeft(config), WindowRight(config));
+    ctx->save_for_backward({qkv_TAD, kv_SAD, out, lse, rng_state, unused});
+    ctx->saved_data["call"] = c10::IValue::make_capsule(c10::make_intrusive<Call>(config, plan));
+    return out.flatten(1);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const AttentionConfig& config = call->config;
+    const AttentionPlan::Sequences& sequences = call->plan->sequences();
+    const at::Tensor& qkv_TAD = saved[0];
+    const at::Tensor& kv_SAD = saved[1];
+    const auto [gq, gk, gv] = at::_flash_attention_backward(
+        gradients[0].reshape(saved[2].sizes()).contiguous(), qkv_TAD.narrow(1, 0, config.heads),
+        kv_SAD.narrow(1, 0, config.kv_heads), kv_SAD.narrow(1, config.kv_heads, config.kv_heads), saved[2], saved[3],
+        sequences.cumulative_queries, sequences.cumulative_keys, sequences.longest_queries, sequences.longest_keys,
+        /*dropout_p=*/0.0, /*is_causal=*/true, saved[4], saved[5], config.scale, WindowLeft(config),
+        WindowRight(config));
+    at::Tensor grad_TAD = at::zeros_like(qkv_TAD);
+    grad_TAD.narrow(1, 0, config.heads).copy_(gq);
+    // A row of a shared prefix is a key of two sequences.
+    grad_TAD.narrow(1, config.heads, 2 * config.kv_heads).index_add_(0, sequences.key_rows, at::cat({gk, gv}, 1));
+    return {grad_TAD, at::Tensor(), at::Tensor()};
+  }
+
+ private:
+  static std::optional<int64_t> WindowLeft(const AttentionConfig& config) {
+    return config.window > 0 ? std::optional<int64_t>(config.window - 1) : std::nullopt;
+  }
+  static std::optional<int64_t> WindowRight(const AttentionConfig& config) {
+    return config.window > 0 ? std::optional<int64_t>(0) : std::nullopt;
+  }
+};
+
+AttentionPlan::Sequences SequencesOf(const std::vector<Segment>& segments, at::Device device) {
+  AttentionPlan::Sequences sequences;
+  std::vector<at::Tensor> rows;
+  std::vector<int32_t> queries = {0}, keys = {0};
+  for (const Segment& segment : segments) {
+    if (segment.prefix > 0) rows.push_back(at::arange(segment.prefix_begin, segment.prefix_begin + segment.prefix));
+    rows.push_back(at::arange(segment.begin, segment.begin + segment.count));
+    queries.push_back(queries.back() + static_cast<int32_t>(segment.count));
+    keys.push_back(keys.back() + static_cast<int32_t>(segment.length()));
+    sequences.longest_queries = std::max(sequences.longest_queries, segment.count);
+    sequences.longest_keys = std::max(sequences.longest_keys, segment.length());
+  }
+  sequences.key_rows = (rows.empty() ? at::empty({0}, at::kLong) : at::cat(rows).to(at::kLong)).to(device);
+  sequences.cumulative_queries = at::tensor(queries, at::kInt).to(device);
+  sequences.cumulative_keys = at::tensor(keys, at::kInt).to(device);
+  return sequences;
+}
+
 }  // namespace
 
 AttentionPlan::AttentionPlan(const std::vector<PackedPair>& pairs, const std::vector<int64_t>& windows,
                              at::ScalarType compute_dtype, at::Device device)
     : pairs_(pairs) {
+  sequences_ = SequencesOf(Segments(*this), device);
   for (const PackedPair& pair : pairs) {
     longest_ = std::max(longest_, pair.prefix + std::max(pair.chosen_rest, pair.rejected_rest));
   }
@@ -228,7 +293,16 @@ at::Tensor AttentionPlan::Mask(int64_t window, int64_t first, int64_t queries, i
 
 at::Tensor PairAttention(const at::Tensor& qkv, const AttentionConfig& config,
                          const std::shared_ptr<const AttentionPlan>& plan) {
+  const bool half = qkv.scalar_type() == at::kBFloat16 || qkv.scalar_type() == at::kHalf;
+  if (qkv.is_cuda() && half && config.softcap == 0 && qkv.size(0) > 0) {
+    return VariableLengthFunction::apply(qkv, config, plan);
+  }
   return AttentionFunction::apply(qkv, config, plan);
+}
+
+at::Tensor VariableLengthAttention(const at::Tensor& qkv, const AttentionConfig& config,
+                                   const std::shared_ptr<const AttentionPlan>& plan) {
+  return VariableLengthFunction::apply(qkv, config, plan);
 }
 
 }  // namespace simpo
