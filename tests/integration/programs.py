@@ -73,11 +73,24 @@ def attempt_pids(folder):
     return [pid for pid in running_pids() if any(item.startswith(prefix) for item in environment_of(pid))]
 
 
+def parent_of(pid):
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def is_rank(pid):
+    """Whether it is a worker, and not the child in which a worker reads files."""
+    worker = [program("simpo-worker")]
+    return command_of(pid)[:1] == worker and command_of(parent_of(pid))[:1] != worker
+
+
 def rank_pids(folder):
     """{rank: pid} of the ranks that train."""
     ranks = {}
     for pid in attempt_pids(folder):
-        if command_of(pid)[:1] == [program("simpo-worker")]:
+        if is_rank(pid):
             for item in environment_of(pid):
                 if item.startswith(b"OMPI_COMM_WORLD_RANK="):
                     ranks[int(item.split(b"=")[1])] = pid

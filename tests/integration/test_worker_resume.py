@@ -50,8 +50,7 @@ def stop_after(workspace, run, name, step):
 
 
 def ranks_of(run):
-    return [pid for pid in programs.children_of(run.process.pid)
-            if programs.command_of(pid)[:1] == [programs.program("simpo-worker")]]
+    return [pid for pid in programs.children_of(run.process.pid) if programs.is_rank(pid)]
 
 
 def test_stop_and_resume_is_bit_identical(workspace):
