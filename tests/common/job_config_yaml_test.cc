@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <set>
 
 #include "absl/strings/str_cat.h"
@@ -431,6 +432,28 @@ TEST_F(Paths, HomeIsExpanded) {
   const char* home = std::getenv("HOME");
   ASSERT_NE(home, nullptr);
   EXPECT_EQ(Resolved("~/models/x"), std::filesystem::path(std::string(home) + "/models/x").lexically_normal().string());
+}
+
+// Every job file that the project ships, against the paper's table where it is one of the paper's.
+TEST(Configs, AreCompleteJobs) {
+  namespace fs = std::filesystem;
+  int paper = 0;
+  for (const auto& item : fs::recursive_directory_iterator(SIMPO_CONFIGS_DIR)) {
+    if (item.path().extension() != ".yaml") continue;
+    SCOPED_TRACE(item.path());
+    std::ifstream file(item.path());
+    const std::string yaml{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    const JobConfig config = ConfigOf(
+        ParseJobYaml(yaml, {.file_name = item.path(), .base_dir = item.path().parent_path(), .overrides = {}}));
+    EXPECT_EQ(config.name, item.path().stem());
+    if (item.path().parent_path().filename() != "paper") continue;
+    ++paper;
+    EXPECT_EQ(config.compat, "princeton");
+    EXPECT_EQ(config.global_batch_size, 128);
+    EXPECT_EQ(config.max_grad_norm, 0);
+    EXPECT_EQ(config.max_length, config.name.starts_with("mistral-7b-base") ? 1024 : 2048);
+  }
+  EXPECT_EQ(paper, 6);
 }
 
 }  // namespace
