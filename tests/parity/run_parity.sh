@@ -35,6 +35,7 @@ run tests/parity/check_versions.py tests/parity/requirements.txt
 run tests/parity/make_goldens.py --check
 run tests/parity/make_text_goldens.py --check
 run tests/parity/compare_tokens.py --worker "$worker" --tokenizers "$tokenizers"
+run tests/parity/compare_princeton.py --worker "$worker" --tokenizers "$tokenizers"
 run tests/parity/compare_trl.py --worker "$worker"
 run tests/parity/check_hub.py --worker "$worker"
 run tests/parity/check_families.py --worker "$worker"
