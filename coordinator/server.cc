@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/host_name.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "coordinator/controller.h"
@@ -62,12 +63,6 @@ absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
                                                "; stop it first, or choose another one with --data-dir"));
 }
 
-std::string Hostname() {
-  char name[256] = "";
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
-
 class ServerImpl final : public Server {
  public:
   ServerImpl(const ServerOptions& options, FileLock lock) : options_(options), lock_(std::move(lock)) {}
@@ -77,7 +72,7 @@ class ServerImpl final : public Server {
     facts_ = {.version = version,
               .start_ms = Moment::Now().unix_ms,
               .data_dir = options_.data_dir,
-              .hostname = Hostname(),
+              .hostname = HostName(),
               .slots_total = options_.slots};
     SIMPO_RETURN_IF_ERROR(OpenStores());
     dispatcher_.emplace(DispatcherOptions(options_), *database_, *jobs_, *metrics_, views_);

@@ -8,6 +8,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "common/host_name.h"
 #include "common/sha256.h"
 #include "coordinator/placement.h"
 
@@ -19,12 +20,6 @@ namespace fs = std::filesystem;
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxNameBytes = 128;
 constexpr size_t kMaxOverrides = 256;
-
-std::string Hostname() {
-  char name[256] = "";
-  gethostname(name, sizeof(name) - 1);
-  return name;
-}
 
 bool IsPrintable(const std::string& text) {
   for (unsigned char c : text) {
@@ -59,7 +54,7 @@ void CheckInput(const char* field, const std::string& value, std::vector<FieldVi
   if (access(value.c_str(), R_OK) == 0) return;
   const char* problem = errno == ENOENT ? "does not exist" : "cannot be read";
   violations->push_back({field, 0,
-                         absl::StrCat("'", value, "' ", problem, " on ", Hostname(), " (", std::strerror(errno),
+                         absl::StrCat("'", value, "' ", problem, " on ", HostName(), " (", std::strerror(errno),
                                       "); paths are those of the coordinator's machine")});
 }
 
@@ -83,7 +78,7 @@ void CheckSlots(Submission* submission, int slots_total) {
     submission->violations.push_back(
         {"resources", 0,
          absl::StrCat(ranks, ranks == 1 ? " rank" : " ranks", " of ", threads, " slots need ", ranks * threads,
-                      " slots; ", Hostname(), " has ", slots_total,
+                      " slots; ", HostName(), " has ", slots_total,
                       ". Ask for fewer ranks_per_node or threads_per_rank, or restart the coordinator with --slots")});
   } else if (config.threads_per_rank == 0) {
     submission->notes.push_back(absl::StrCat("threads_per_rank is ", threads, ": ", slots_total, " slots over ", ranks,
@@ -134,15 +129,15 @@ std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::s
   std::error_code error;
   if (!fs::exists(output_dir, error)) return {};
   if (!fs::is_directory(output_dir, error)) {
-    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", Hostname(), " is not a folder")}};
+    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", HostName(), " is not a folder")}};
   }
   if (access(output_dir.c_str(), W_OK) != 0) {
-    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", Hostname(), " cannot be written to")}};
+    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", HostName(), " cannot be written to")}};
   }
   const bool wanted = config.overwrite_output_dir || config.resume_from_checkpoint == "true";
   if (wanted || fs::is_empty(output_dir, error)) return {};
   return {{"output_dir", 0,
-           absl::StrCat("'", output_dir, "' on ", Hostname(),
+           absl::StrCat("'", output_dir, "' on ", HostName(),
                         " is not empty. To go on from its last checkpoint set resume_from_checkpoint: true; to "
                         "start again set overwrite_output_dir: true; or name another folder")}};
 }

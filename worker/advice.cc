@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <map>
 
 #include "absl/strings/str_cat.h"
@@ -171,24 +170,6 @@ std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOp
       "under way on each of %d ranks are %.1f GB, before any activations; this machine has %.1f GB. What helps: %s",
       need.weights / 1e9, need.grads / 1e9, need.optimizer / 1e9, need.in_flight / 1e9, ranks_here, all / 1e9,
       bytes / 1e9, absl::StrJoin(remedies, "; "));
-}
-
-HostMemory ReadHostMemory() {
-  HostMemory memory;
-  std::ifstream file("/proc/meminfo");
-  std::string name, unit;
-  for (double kilobytes = 0; file >> name >> kilobytes && std::getline(file, unit);) {
-    if (name == "MemTotal:") memory.total = kilobytes * 1024;
-    if (name == "MemAvailable:") memory.available = kilobytes * 1024;
-  }
-  double limit = 0;  // "max" leaves it 0
-  double used = 0;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit && limit > 0 && limit < memory.total) {
-    std::ifstream("/sys/fs/cgroup/memory.current") >> used;
-    memory.total = limit;
-    memory.available = std::min(memory.available, std::max(0.0, limit - used));
-  }
-  return memory;
 }
 
 }  // namespace simpo

@@ -62,12 +62,6 @@ MemoryNeed EstimateMemory(const ModelConfig& model, const ShardingOptions& shard
 std::optional<std::string> MemoryAdvice(const MemoryNeed& need, const ShardingOptions& sharding, int ranks_here,
                                         double bytes);
 
-// What this process can use: of the machine, or of its control group where that is less.
-struct HostMemory {
-  double total = 0, available = 0;  // bytes; 0: unknown
-};
-HostMemory ReadHostMemory();
-
 }  // namespace simpo
 
 #endif  // SIMPO_WORKER_ADVICE_H_

@@ -177,9 +177,12 @@ void CheckpointPolicy::ClearAway(const fs::path& written) {
     status =
         PruneCheckpoints(dir_, options_.config.save_total_limit, std::span(protect).first(protect[1].empty() ? 1 : 2));
   }
-  if (!status.ok()) {
-    say_("checkpoint_failed", absl::StrCat("an old checkpoint stays: ", std::string(status.message())), step_);
-  }
+  SayIfItStays(status);
+}
+
+void CheckpointPolicy::SayIfItStays(const absl::Status& removed) {
+  if (removed.ok()) return;
+  say_("checkpoint_failed", absl::StrCat("an old checkpoint stays: ", std::string(removed.message())), step_);
 }
 
 absl::StatusOr<std::string> CheckpointPolicy::LoadBest(int64_t steps_done, ShardedParams& params) {
@@ -192,9 +195,7 @@ absl::StatusOr<std::string> CheckpointPolicy::LoadBest(int64_t steps_done, Shard
 
 void CheckpointPolicy::RemoveRecovery() {
   if (!is_root() || recovery_.empty()) return;
-  const absl::Status status = RemoveFolder(recovery_);
-  if (!status.ok())
-    say_("checkpoint_failed", absl::StrCat("an old checkpoint stays: ", std::string(status.message())), step_);
+  SayIfItStays(RemoveFolder(recovery_));
 }
 
 }  // namespace simpo

@@ -73,6 +73,7 @@ class CheckpointPolicy {
   bool is_root() const { return comm_.rank() == 0; }
   std::string BestMetricName() const;
   absl::Status Failed(const absl::Status& status);
+  void SayIfItStays(const absl::Status& removed);
   void ClearAway(const std::filesystem::path& written);
 
   const TrainOptions& options_;

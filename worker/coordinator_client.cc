@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/host_name.h"
 #include "common/log.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 
@@ -147,7 +148,6 @@ class Client final : public CoordinatorClient {
 
   void Run();
   void Stop();
-  std::string Address() const;
   // Runs one session to its end. True when it ended because all was said.
   bool RunSession(const std::string& address, bool* welcomed, std::string* problem);
   bool Greet(Session& session);
@@ -273,17 +273,11 @@ void Client::Stop() {
   if (thread_.joinable()) thread_.join();
 }
 
-std::string Client::Address() const {
-  std::string address;
-  if (!options_.address_file.empty()) std::ifstream(options_.address_file) >> address;
-  return address.empty() ? options_.address : address;
-}
-
 void Client::Run() {
   milliseconds backoff = kFirstBackoff;
   bool away = false;  // said once per outage
   while (true) {
-    const std::string address = Address();
+    const std::string address = AddressOf(options_);
     bool welcomed = false;
     std::string problem;
     const bool all_said = RunSession(address, &welcomed, &problem);
@@ -339,15 +333,7 @@ bool Client::RunSession(const std::string& address, bool* welcomed, std::string*
 
 bool Client::Greet(Session& session) {
   v1::AttachRequest request;
-  v1::Hello& hello = *request.mutable_hello();
-  hello.set_job_id(options_.job_id);
-  hello.set_attempt(options_.attempt);
-  hello.set_rank(options_.rank);
-  hello.set_world_size(options_.world_size);
-  hello.set_pid(getpid());
-  char hostname[256] = {};
-  gethostname(hostname, sizeof(hostname) - 1);
-  hello.set_hostname(hostname);
+  FillHello(options_, request.mutable_hello());
   if (!session.stream->Write(request)) return false;
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, kWelcomeTimeout, [&] { return session.welcome || session.closed || stop_; });
@@ -496,6 +482,21 @@ bool Client::SendEvents(Session& session) {
 }
 
 }  // namespace
+
+std::string CoordinatorClient::AddressOf(const Options& options) {
+  std::string address;
+  if (!options.address_file.empty()) std::ifstream(options.address_file) >> address;
+  return address.empty() ? options.address : address;
+}
+
+void CoordinatorClient::FillHello(const Options& options, v1::Hello* hello) {
+  hello->set_job_id(options.job_id);
+  hello->set_attempt(options.attempt);
+  hello->set_rank(options.rank);
+  hello->set_world_size(options.world_size);
+  hello->set_pid(getpid());
+  hello->set_hostname(HostName());
+}
 
 std::unique_ptr<CoordinatorClient> CoordinatorClient::Start(Options options) {
   return std::make_unique<Client>(std::move(options));

@@ -14,6 +14,10 @@
 
 namespace simpo {
 
+namespace v1 {
+class Hello;
+}
+
 // A rank's line to the coordinator: heartbeats from a thread of its own, step reports, events, and
 // commands back. Never blocks training and never fails it: while the coordinator is away, reports
 // wait (those of rank 0 are in metrics.jsonl anyway) and are replayed when it is back.
@@ -32,6 +36,11 @@ class CoordinatorClient {
     std::filesystem::path eval_metrics_path;  // rank 0
   };
   enum class Command { kCheckpoint, kStop };
+
+  // Where the coordinator is: the file wins, for one that has moved is found there.
+  static std::string AddressOf(const Options& options);
+  // Who this process is, as the coordinator is told in every form.
+  static void FillHello(const Options& options, v1::Hello* hello);
 
   static std::unique_ptr<CoordinatorClient> Start(Options options);
   virtual ~CoordinatorClient() = default;

@@ -34,6 +34,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "common/atomic_file.h"
+#include "common/host_name.h"
 #include "common/job_config_yaml.h"
 #include "common/log.h"
 #include "common/sha256.h"
@@ -50,6 +51,7 @@
 #include "worker/model/safetensors.h"
 #include "worker/register_rank.h"
 #include "worker/shard/export_hf.h"
+#include "worker/shard/host_snapshot.h"
 #include "worker/train.h"
 
 namespace simpo {
@@ -93,6 +95,7 @@ const absl::StatusOr<RankInfo>& Started() {
 }
 int EnvRank() { return Started().ok() ? Started()->rank : 0; }
 int EnvLocalRank() { return Started().ok() ? Started()->local_rank : 0; }
+int EnvWorldSize() { return Started().ok() ? Started()->world_size : 1; }
 int EnvLocalSize() { return Started().ok() ? Started()->local_size : 1; }
 
 fs::path CacheDir() {
@@ -132,9 +135,7 @@ absl::StatusOr<HubFiles> FindFolder(const char* key, const std::string& value,
                                     const std::function<absl::StatusOr<HubFiles>()>& fetch) {
   std::error_code error;
   if (fs::is_directory(value, error)) return HubFiles{.folder = value, .source = absl::StrCat("local folder ", value)};
-  char host[256] = "";
-  gethostname(host, sizeof(host) - 1);
-  const std::string no_folder = absl::StrCat(key, ": '", value, "' is not a folder on ", host);
+  const std::string no_folder = absl::StrCat(key, ": '", value, "' is not a folder on ", HostName());
   if (!IsHubId(value)) {
     return absl::NotFoundError(absl::StrCat(no_folder,
                                             ". Give the path of a folder with config.json, *.safetensors and "
@@ -308,15 +309,13 @@ absl::Status DumpTokens(const fs::path& cache, const fs::path& path) {
 
 // Whether this machine's memory holds the model's tensors, before anything is made ready for them.
 absl::Status CheckMemory(const TrainOptions& options) {
-  const JobConfig& config = options.config;
-  const ShardingOptions sharding = ShardingOf(config, options.model);
-  const int ranks = EnvInt("OMPI_COMM_WORLD_SIZE", 1);
-  const MemoryNeed need = EstimateMemory(options.model, sharding, ranks);
-  const HostMemory memory = ReadHostMemory();
-  if (memory.total == 0) return absl::OkStatus();
-  if (const auto advice = MemoryAdvice(need, sharding, EnvLocalSize(), memory.total))
-    return absl::FailedPreconditionError(*advice);
-  if (const auto advice = MemoryAdvice(need, sharding, EnvLocalSize(), memory.available)) {
+  const ShardingOptions sharding = ShardingOf(options.config, options.model);
+  const MemoryNeed need = EstimateMemory(options.model, sharding, EnvWorldSize());
+  const auto advice_for = [&](int64_t bytes) {
+    return MemoryAdvice(need, sharding, EnvLocalSize(), static_cast<double>(bytes));
+  };
+  if (const auto advice = advice_for(TotalMemory())) return absl::FailedPreconditionError(*advice);
+  if (const auto advice = advice_for(AvailableMemory())) {
     std::fprintf(stderr, "warning: %s (of which other programs hold a part)\n", advice->c_str());
   }
   return absl::OkStatus();

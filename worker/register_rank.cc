@@ -1,10 +1,8 @@
 #include "worker/register_rank.h"
 
 #include <grpcpp/grpcpp.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -19,37 +17,22 @@ using std::chrono::milliseconds;
 constexpr milliseconds kRetryPause{500};
 constexpr milliseconds kAnswerTime{5'000};  // beyond the rank's patience, for the coordinator to say who is missing
 
-// The file wins: a coordinator that has moved is found there.
-std::string Address(const CoordinatorClient::Options& options) {
-  std::string address;
-  if (!options.address_file.empty()) std::ifstream(options.address_file) >> address;
-  return address.empty() ? options.address : address;
-}
-
 }  // namespace
 
 absl::StatusOr<std::string> RegisterRank(const CoordinatorClient::Options& options, const std::string& of_rank_0,
                                          milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
-  char hostname[256] = {};
-  gethostname(hostname, sizeof(hostname) - 1);
   while (true) {
     const auto left = std::chrono::duration_cast<milliseconds>(deadline - Clock::now());
     v1::RegisterRequest request;
-    v1::Hello& hello = *request.mutable_hello();
-    hello.set_job_id(options.job_id);
-    hello.set_attempt(options.attempt);
-    hello.set_rank(options.rank);
-    hello.set_world_size(options.world_size);
-    hello.set_pid(getpid());
-    hello.set_hostname(hostname);
+    CoordinatorClient::FillHello(options, request.mutable_hello());
     request.set_nccl_id(of_rank_0);
     request.set_timeout_ms(static_cast<int32_t>(std::max<int64_t>(left.count(), 1)));
     grpc::ClientContext context;
     context.AddMetadata("simpo-attempt-secret", options.secret);
     context.set_deadline(std::chrono::system_clock::now() + left + kAnswerTime);
     v1::RegisterResponse response;
-    const std::string address = Address(options);
+    const std::string address = CoordinatorClient::AddressOf(options);
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // no back-off of an earlier channel is inherited
     const auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/atomic_file.h"
+#include "common/host_name.h"
 #include "common/job_config_yaml.h"
 #include "common/sha256.h"
 
@@ -87,7 +88,7 @@ Json RankFacts(const ShardedParams& params, Collectives& comm) {
   comm.AllReduce(numbers);
   at::Tensor hosts = at::zeros({comm.world_size() * kHostLength}, at::kByte);
   char* names = static_cast<char*>(hosts.data_ptr());
-  gethostname(names + comm.rank() * kHostLength, kHostLength - 1);
+  HostName().copy(names + comm.rank() * kHostLength, kHostLength - 1);
   comm.AllGather(hosts);
   Json ranks = Json::array();
   for (int rank = 0; rank < comm.world_size(); ++rank) {

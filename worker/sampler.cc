@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <unordered_map>
 
 namespace simpo {
 namespace {
@@ -85,17 +84,21 @@ std::vector<std::vector<int64_t>> MicroBatches(std::span<const int64_t> pairs, s
 
 std::vector<std::vector<int64_t>> MicroBatchesOfRank(std::span<const int64_t> batch, std::span<const int64_t> tokens,
                                                      int64_t max_tokens, int64_t max_pairs, int rank, int world_size) {
-  std::unordered_map<int64_t, int64_t> tokens_of;
-  for (size_t i = 0; i < batch.size(); ++i) tokens_of[batch[i]] = tokens[i];
+  // Dealt out as positions in the batch, so that each pair keeps its size.
+  std::vector<int64_t> positions(batch.size());
+  std::iota(positions.begin(), positions.end(), 0);
   std::vector<std::vector<int64_t>> mine;
   size_t most = 0;
-  const auto ranks = BalanceOverRanks(batch, tokens, world_size);
+  const auto ranks = BalanceOverRanks(positions, tokens, world_size);
   for (int r = 0; r < world_size; ++r) {
     std::vector<int64_t> sizes;
-    for (int64_t pair : ranks[r]) sizes.push_back(tokens_of[pair]);
+    for (int64_t i : ranks[r]) sizes.push_back(tokens[i]);
     std::vector<std::vector<int64_t>> micro_batches = MicroBatches(ranks[r], sizes, max_tokens, max_pairs);
     most = std::max(most, micro_batches.size());
     if (r == rank) mine = std::move(micro_batches);
+  }
+  for (std::vector<int64_t>& micro_batch : mine) {
+    for (int64_t& item : micro_batch) item = batch[item];
   }
   mine.resize(most);
   return mine;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "worker/model/kernels_aten.h"
-#include "worker/model/kernels_cpu.h"
 
 namespace simpo {
 namespace {
@@ -79,20 +78,19 @@ class Scorer {
     return selection;
   }
 
-  bool on_cpu() const { return normed_NH_.is_cpu(); }
   // On the logits' device.
   at::Tensor Moved(const at::Tensor& host) const { return host.to(normed_NH_.device()); }
 
   at::Tensor Logits(int64_t row, int64_t count) const {
     const at::Tensor logits = at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
-    if (softcap_ > 0) (on_cpu() ? kernels::SoftcapInPlace : kernels_aten::SoftcapInPlace)(logits, softcap_);
+    if (softcap_ > 0) SIMPO_KERNEL(logits, SoftcapInPlace)(logits, softcap_);
     return logits;
   }
 
   void ReadStats(const at::Tensor& logits, int64_t row, int64_t count, int64_t first, int64_t last) {
     const at::Tensor lse = at::empty({count}, logits.options().dtype(at::kFloat));
     const at::Tensor mean = at::empty_like(lse);
-    (on_cpu() ? kernels::LogitStats : kernels_aten::LogitStats)(logits, lse, mean);
+    SIMPO_KERNEL(logits, LogitStats)(logits, lse, mean);
     lse_N_.narrow(0, row, count).copy_(lse);
     mean_N_.narrow(0, row, count).copy_(mean);
     const Selection selection = Select(row, count, first, last);
@@ -146,8 +144,8 @@ class Scorer {
   // derivative, then the products.
   void Backward(at::Tensor logits, int64_t row, int64_t count, int64_t first, int64_t last,
                 at::Tensor& grad_normed_NH) const {
-    (on_cpu() ? kernels::ScaledSoftmaxInPlace : kernels_aten::ScaledSoftmaxInPlace)(
-        logits, Moved(lse_N_.narrow(0, row, count)), Moved(scale_N_.narrow(0, row, count)), softcap_);
+    SIMPO_KERNEL(logits, ScaledSoftmaxInPlace)
+    (logits, Moved(lse_N_.narrow(0, row, count)), Moved(scale_N_.narrow(0, row, count)), softcap_);
     const Selection selection = Select(row, count, first, last);
     std::vector<float> values;
     for (int64_t entry : selection.entries) {

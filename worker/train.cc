@@ -175,8 +175,8 @@ absl::Status Run::Load() {
   Phase("load");
   at::globalContext().setDeterministicAlgorithms(config_.deterministic, /*warn_only=*/false);
   SIMPO_RETURN_IF_ERROR(OpenData());
-  const at::ScalarType dtype = ComputeDtype(config_, options_.model);
   params_ = std::make_unique<ShardedParams>(options_.model, ShardingOf(config_, options_.model), comm_);
+  const at::ScalarType dtype = params_->compute_dtype();
   decoder_ = std::make_unique<Decoder>(options_.model, *params_);
   SIMPO_ASSIGN_OR_RETURN(
       checkpoints_, CheckpointPolicy::Create(options_, dtype, comm_,
@@ -307,14 +307,14 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
   int64_t truncated = 0;
   double flops = 0;
   SimpoStats stats;
+  const double head = static_cast<double>(options_.model.vocab_size * options_.model.hidden_size);
+  const double body =
+      static_cast<double>(options_.model.NumParameters()) - head * (options_.model.tie_word_embeddings ? 1 : 2);
   params_->ZeroGrads();
   const std::vector<PackedBatch> mine = PackMine(sampler_->Batch(step), &global, &truncated);
   for (const PackedBatch& batch : mine) {
     const bool last = &batch == &mine.back();
     stats += ForwardBackward(*decoder_, *params_, batch, loss_, global, config_.gradient_checkpointing, last);
-    const double head = static_cast<double>(options_.model.vocab_size * options_.model.hidden_size);
-    const double body =
-        static_cast<double>(options_.model.NumParameters()) - head * (options_.model.tie_word_embeddings ? 1 : 2);
     flops += 6 * (body * static_cast<double>(batch.input_ids_T.numel()) +
                   head * static_cast<double>(batch.head_rows_N.numel()));
   }

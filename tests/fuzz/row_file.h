@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <string>
 
 #include "worker/data/preference_dataset.h"
@@ -14,7 +15,8 @@ namespace simpo {
 
 // Reads the bytes as a data file of this extension, every row of it.
 inline int FuzzRowFile(const uint8_t* data, size_t size, const char* extension) {
-  static const std::string path = "/tmp/simpo-fuzz-" + std::to_string(getpid()) + extension;
+  static const std::string path =
+      std::filesystem::temp_directory_path() / ("simpo-fuzz-" + std::to_string(getpid()) + extension);
   FILE* file = fopen(path.c_str(), "wb");
   if (file == nullptr || fwrite(data, 1, size, file) != size || fclose(file) != 0) __builtin_trap();
   int64_t rows = 0;

@@ -10,6 +10,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "common/host_name.h"
 #include "common/status_macros.h"
 
 namespace simpo {
@@ -57,11 +58,7 @@ absl::StatusOr<RankInfo> Read(const GetEnv& getenv, RankInfo::StartedBy started_
 std::vector<uint8_t> Bytes(const std::string& text) { return {text.begin(), text.end()}; }
 std::string Text(const std::vector<uint8_t>& bytes) { return {bytes.begin(), bytes.end()}; }
 
-std::string MyName(int rank) {
-  char host[256] = "";
-  gethostname(host, sizeof(host) - 1);
-  return absl::StrCat("rank ", rank, " on ", host, " (process ", getpid(), ")");
-}
+std::string MyName(int rank) { return absl::StrCat("rank ", rank, " on ", HostName(), " (process ", getpid(), ")"); }
 
 // One rank at the store.
 class Meeting {

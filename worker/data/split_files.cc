@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "common/host_name.h"
 #include "common/status_macros.h"
 #include "worker/data/row_files.h"
 
@@ -106,10 +107,8 @@ absl::StatusOr<Paths> FindSplitFiles(const fs::path& source, const SplitQuery& q
   } else if (IsGlob(source.string())) {
     SIMPO_ASSIGN_OR_RETURN(files, FilesOfGlob(source, query));
   } else {
-    char host[256] = "";
-    gethostname(host, sizeof(host) - 1);
     return absl::NotFoundError(absl::StrCat(
-        "dataset '", source.string(), "' is neither a file nor a folder on ", host,
+        "dataset '", source.string(), "' is neither a file nor a folder on ", HostName(),
         ". Give the path of a .jsonl, .json, .csv or .parquet file, or of a folder with train.jsonl or the like."));
   }
   // Others, a README say, are no data, unless they are all that there is.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "worker/model/kernels_cpu.h"
 #include "worker/model/model_config.h"
 
 // The functions of kernels_cpu.h in plain ATen, for tensors on any device: what each computes is said
@@ -24,5 +25,8 @@ void LogitStats(const at::Tensor& logits, at::Tensor lse_N, at::Tensor mean_N);
 void ScaledSoftmaxInPlace(at::Tensor logits, const at::Tensor& lse_N, const at::Tensor& scale_N, double softcap);
 
 }  // namespace simpo::kernels_aten
+
+// The one of a kernel's two forms that takes `x`: SIMPO_KERNEL(x, RmsNorm)(x, ...).
+#define SIMPO_KERNEL(x, name) ((x).is_cpu() ? ::simpo::kernels::name : ::simpo::kernels_aten::name)
 
 #endif  // SIMPO_WORKER_MODEL_KERNELS_ATEN_H_

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "worker/model/kernels_aten.h"
-#include "worker/model/kernels_cpu.h"
 
 namespace simpo {
 namespace {
@@ -18,9 +17,6 @@ c10::IValue Save(const WeightRef& weight) { return c10::IValue::make_capsule(wei
 const Weight& Saved(AutogradContext* ctx, const char* name) {
   return *c10::static_intrusive_pointer_cast<Weight>(ctx->saved_data[name].toCapsule());
 }
-
-// The one of a kernel's two forms that takes `x`: SIMPO_KERNEL(x, RmsNorm)(x, ...).
-#define SIMPO_KERNEL(x, name) ((x).is_cpu() ? kernels::name : kernels_aten::name)
 
 struct LinearFunction : Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const WeightRef& weight, const WeightRef& bias) {

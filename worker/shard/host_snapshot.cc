@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -14,6 +13,7 @@
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
+#include "common/host_name.h"
 
 namespace simpo {
 namespace {
@@ -38,12 +38,29 @@ std::optional<int64_t> NumberIn(const fs::path& path, std::string_view key) {
   return value;
 }
 
+// "max", no limit, is no number.
+int64_t LimitOfControlGroup(const fs::path& folder) { return NumberIn(folder / "memory.max", "").value_or(kUnlimited); }
+
 // What the control group at `folder` can still take; its cached files can be given up.
 int64_t LeftInControlGroup(const fs::path& folder) {
-  const std::optional<int64_t> most = NumberIn(folder / "memory.max", "");  // "max" is no number
+  const int64_t most = LimitOfControlGroup(folder);
   const std::optional<int64_t> used = NumberIn(folder / "memory.current", "");
-  if (!most || !used) return kUnlimited;
-  return *most - *used + NumberIn(folder / "memory.stat", "inactive_file").value_or(0);
+  if (most == kUnlimited || !used) return kUnlimited;
+  return most - *used + NumberIn(folder / "memory.stat", "inactive_file").value_or(0);
+}
+
+// The least of `key` of /proc/meminfo and of what the control groups of this process say.
+int64_t LeastOf(std::string_view key, int64_t (*of_group)(const fs::path& folder)) {
+  int64_t least = NumberIn("/proc/meminfo", key).value_or(kUnlimited / 1024) * 1024;
+  // Version 2 of control groups: one line, "0::/path"; a limit may stand at any level.
+  std::string line;
+  std::ifstream("/proc/self/cgroup") >> line;
+  if (!line.starts_with("0::/")) return least;
+  const fs::path root = "/sys/fs/cgroup";
+  for (fs::path group = line.substr(4);; group = group.parent_path()) {
+    least = std::min(least, of_group(root / group));
+    if (group.empty()) return least;
+  }
 }
 
 }  // namespace
@@ -75,25 +92,14 @@ absl::StatusOr<NamedTensors> CopyToHost(const NamedTensors& tensors) {
   return copies;
 }
 
-int64_t AvailableMemory() {
-  int64_t least = NumberIn("/proc/meminfo", "MemAvailable:").value_or(kUnlimited / 1024) * 1024;
-  // Version 2 of control groups: one line, "0::/path"; a limit may stand at any level.
-  std::string line;
-  std::ifstream("/proc/self/cgroup") >> line;
-  if (!line.starts_with("0::/")) return least;
-  const fs::path root = "/sys/fs/cgroup";
-  for (fs::path group = line.substr(4);; group = group.parent_path()) {
-    least = std::min(least, LeftInControlGroup(root / group));
-    if (group.empty()) return least;
-  }
-}
+int64_t TotalMemory() { return LeastOf("MemTotal:", LimitOfControlGroup); }
+
+int64_t AvailableMemory() { return LeastOf("MemAvailable:", LeftInControlGroup); }
 
 int RanksOnThisHost(Collectives& comm) {
-  char host[256] = "";
-  gethostname(host, sizeof(host) - 1);
   at::Tensor names_W = at::zeros({comm.world_size()}, at::kLong);
   auto* names = names_W.data_ptr<int64_t>();
-  const auto mine = static_cast<int64_t>(std::hash<std::string_view>()(host) >> 1);
+  const auto mine = static_cast<int64_t>(std::hash<std::string>()(HostName()) >> 1);
   names[comm.rank()] = mine;
   comm.AllReduce(names_W);
   return static_cast<int>(std::count(names, names + comm.world_size(), mine));

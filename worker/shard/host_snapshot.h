@@ -20,7 +20,8 @@ int64_t BytesOf(const NamedTensors& tensors);
 // Copies in host memory, which goes back to the system with the last of them.
 absl::StatusOr<NamedTensors> CopyToHost(const NamedTensors& tensors);
 
-// Bytes that this host, or this process's control group where that has less, can still give.
+// Bytes that this host, or this process's control group where that has less, has, and can still give.
+int64_t TotalMemory();
 int64_t AvailableMemory();
 
 // Ranks that share this rank's host, and so its memory. Collective.
