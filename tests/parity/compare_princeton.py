@@ -48,12 +48,8 @@ def make_model(packages, name, folder):
 
 
 def reference_steps(folder, tokenizer, rows, name):
-    if compare_tokens.FAMILIES[name]["princeton"] == "mistral":
-        render, knows_system = (lambda messages: text.mistral_text(messages, tokenizer.eos_token)), True
-    else:
-        source = tokenizer.chat_template
-        render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
-        knows_system = "system" in source or "<|im_start|>" in source
+    template = compare_tokens.FAMILIES[name]["princeton"] or tokenizer.chat_template
+    render, knows_system = text.princeton_renderer(tokenizer, template)
     pairs = compare_tokens.trainable(
         [
             text.princeton_tokens(tokenizer, row, render, knows_system, MAX_LENGTH, MAX_PROMPT_LENGTH, "keep_end")

@@ -25,9 +25,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import torch
 import transformers
 import trl
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 import text
 
@@ -114,30 +113,12 @@ def run_worker(worker, folder, data, work, **keys):
         return [json.loads(line) for line in file], result.stdout
 
 
-def trl_tokens(tokenizer, model, rows, template, work):
+def trl_tokens(tokenizer, model, rows, template):
     if template is not None:
         tokenizer.chat_template = template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = CPOConfig(
-        output_dir=os.path.join(work, "trl"),
-        loss_type="simpo",
-        max_length=MAX_LENGTH,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    trainer = CPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    tokens = []
-    for row in trainer.train_dataset:
-        pair = {}
-        for which in ("chosen", "rejected"):
-            pair[which] = row[f"{which}_input_ids"]
-            pair[f"{which}_prompt_length"] = sum(label == -100 for label in row[f"{which}_labels"])
-        tokens.append(pair)
-    return tokens
+    return text.trl_pairs(tokenizer, model, rows, MAX_LENGTH)
 
 
 def trainable(pairs):
@@ -177,14 +158,8 @@ def compare_family(worker, packages, name, family, work):
 
     # That trainer's rules first: TRL's template is set on the tokenizer for good.
     counts = []
-    if family["princeton"] == "mistral":
-        render = lambda messages: text.mistral_text(messages, tokenizer.eos_token)
-        template, knows_system = None, True
-    else:
-        template = family["princeton"]
-        source = template or tokenizer.chat_template
-        render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
-        knows_system = "system" in source or "<|im_start|>" in source
+    template = None if family["princeton"] == "mistral" else family["princeton"]
+    render, knows_system = text.princeton_renderer(tokenizer, family["princeton"] or tokenizer.chat_template)
     limits = dict(max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH)
     for keep in ("keep_end", "keep_start"):
         ours, output = run_worker(
@@ -195,7 +170,7 @@ def compare_family(worker, packages, name, family, work):
         counts.append(compare(f"{name}, princeton, {keep}", ours, output, theirs))
 
     ours, output = run_worker(worker, folder, data, work, chat_template=family["trl"])
-    counts.append(compare(f"{name}, TRL", ours, output, trl_tokens(tokenizer, model, rows, family["trl"], work)))
+    counts.append(compare(f"{name}, TRL", ours, output, trl_tokens(tokenizer, model, rows, family["trl"])))
     bos = tokenizer.bos_token_id
     for pair in ours or []:
         for which in ("chosen", "rejected"):

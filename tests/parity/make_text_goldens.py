@@ -24,9 +24,8 @@ import pyarrow
 import pyarrow.parquet
 import transformers
 import trl
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 import text
 
@@ -108,29 +107,9 @@ def trl_tokens(tokenizer, row):
             vocab_size=text.VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
         )
     )
-    with tempfile.TemporaryDirectory() as folder:
-        config = CPOConfig(
-            output_dir=folder,
-            loss_type="simpo",
-            max_length=MAX_LENGTH,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        trainer = CPOTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list([row]), processing_class=tokenizer
-        )
-    tokens = trainer.train_dataset[0]
-    result = {}
-    for which in ("chosen", "rejected"):
-        prompt = sum(label == -100 for label in tokens[f"{which}_labels"])
-        result[which] = tokens[f"{which}_input_ids"]
-        result[f"{which}_prompt_length"] = prompt
-        if prompt == len(result[which]):
-            return None
-    return result
+    pair = text.trl_pairs(tokenizer, model, [row], MAX_LENGTH)[0]
+    empty = any(pair[f"{which}_prompt_length"] == len(pair[which]) for which in ("chosen", "rejected"))
+    return None if empty else pair
 
 
 def render(tokenizer, template, messages, header):
@@ -149,13 +128,8 @@ def princeton_rows(tokenizer):
     items = []
     # The template of instructions refuses an answer alone, as that trainer renders it.
     for template in ("headers", "chatml", "mistral"):
-        if template == "mistral":
-            render = lambda messages: text.mistral_text(messages, tokenizer.eos_token)
-            knows_system = True
-        else:
-            source = text.TEMPLATES[template]
-            render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
-            knows_system = "system" in source or "<|im_start|>" in source
+        source = template if template == "mistral" else text.TEMPLATES[template]
+        render, knows_system = text.princeton_renderer(tokenizer, source)
         for keep in ("keep_end", "keep_start"):
             limits = dict(max_length=220, max_prompt_length=90)
             for row in text.awkward_conversations(31, 12):

@@ -4,6 +4,7 @@ comparison with live TRL."""
 import json
 import os
 import random
+import tempfile
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -173,6 +174,15 @@ def mistral_text(messages, eos):
     return "".join(parts)
 
 
+def princeton_renderer(tokenizer, template):
+    """(messages -> text without a generation header, whether it knows a system role) of a template's source, or of
+    "mistral", the one that the paper's trainer brings itself."""
+    if template == "mistral":
+        return lambda messages: mistral_text(messages, tokenizer.eos_token), True
+    render = lambda messages: tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    return render, "system" in template or "<|im_start|>" in template
+
+
 def princeton_tokens(tokenizer, row, render, knows_system, max_length, max_prompt_length, keep):
     """The rules of the paper's trainer (run_simpo.py and tokenize_row of simpo_trainer.py), written anew.
 
@@ -209,6 +219,34 @@ def princeton_tokens(tokenizer, row, render, knows_system, max_length, max_promp
             a = a[: max_length - max_prompt_length]
         result[name], result[f"{name}_prompt_length"] = p + a, len(p)
     return result
+
+
+def trl_pairs(tokenizer, model, rows, max_length):
+    """The rows through live TRL's own CPOTrainer: ids, and the lengths of what it does not score."""
+    from datasets import Dataset
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = CPOConfig(
+            output_dir=folder,
+            loss_type="simpo",
+            max_length=max_length,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+        dataset = Dataset.from_list(rows)
+        trainer = CPOTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    pairs = []
+    for row in trainer.train_dataset:
+        pair = {}
+        for which in ("chosen", "rejected"):
+            pair[which] = row[f"{which}_input_ids"]
+            pair[f"{which}_prompt_length"] = sum(label == -100 for label in row[f"{which}_labels"])
+        pairs.append(pair)
+    return pairs
 
 
 def write_jsonl(path, rows):
