@@ -40,7 +40,8 @@ const JobKeyRow kRows[] = {
      &C::torch_dtype},
 
     {{"dataset_mixer", "map", "", "", "", "Data",
-      "Data files, folders or globs and the fraction of each to take. Required."},
+      "Data files, folders, globs or data sets of the hub (owner/name, owner/name@revision), and the fraction of each "
+      "to take. Required."},
      &C::dataset_mixer,
      true},
     {{"eval_dataset_mixer", "map", "", "", "", "Data",

@@ -47,7 +47,7 @@
 #include "worker/data/hub.h"
 #include "worker/data/prepare.h"
 #include "worker/data/tokenized_dataset.h"
-#include "worker/model/model_config.h"
+#include "worker/model/read_model_config.h"
 #include "worker/model/safetensors.h"
 #include "worker/register_rank.h"
 #include "worker/shard/export_hf.h"
@@ -391,6 +391,8 @@ absl::StatusOr<std::unique_ptr<Collectives>> Join(const Flags& flags, const JobC
       return RegisterRank(ClientOptions(flags, Started()->world_size), of_rank_0, timeout);
     };
   }
+  // What cuBLAS asks for to be deterministic; it reads it when it is first used.
+  if (config.device == "cuda" && config.deterministic) setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
   return JoinWorld(*Started(), config.device == "cuda", at_coordinator);
 }
 

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "worker/data/tokenized_dataset.h"
+#include "worker/data/tokenized_pair.h"
 
 namespace simpo {
 

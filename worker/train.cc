@@ -34,6 +34,7 @@
 #include "worker/shard/agree_on.h"
 #include "worker/shard/checkpoint.h"
 #include "worker/shard/export_hf.h"
+#include "worker/shard/load_weights.h"
 #include "worker/shard/sharded_params.h"
 #include "worker/train_step.h"
 
@@ -218,7 +219,7 @@ absl::Status Run::Resume() {
   if (!from) {
     SIMPO_ASSIGN_OR_RETURN(const std::unique_ptr<ModelWeightsReader> reader,
                            ModelWeightsReader::Open(options_.model_dir));
-    return params_->LoadWeights(*reader);
+    return LoadWeights(*reader, *params_);
   }
   SIMPO_ASSIGN_OR_RETURN(const TrainerState state, LoadCheckpoint(*from, *params_, comm_));
   steps_done_ = state.step;

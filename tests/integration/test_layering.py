@@ -70,6 +70,34 @@ def test_what_few_files_may_include(pattern):
     assert found, f"nothing includes {pattern}: the rule is stale"
 
 
+def step_sources():
+    """What the preset cuda-step compiles."""
+    cmake = (ROOT / "worker/CMakeLists.txt").read_text() + (ROOT / "worker/model/CMakeLists.txt").read_text()
+    files = {ROOT / "worker" / name for library in ("simpo_step", "simpo_nccl", "simpo_cuda")
+             for name in re.search(rf"add_library\({library} \w+([^)]*)\)", cmake).group(1).split() if name.endswith(".cc")}
+    files |= {ROOT / "worker/model" / name
+              for name in re.search(r"add_library\(simpo_model_config STATIC([^)]*)\)", cmake).group(1).split()}
+    return files | {ROOT / "worker/model/row_kernels.cc", ROOT / "common/log.cc", ROOT / "tests/gpu/gpu_test.cc",
+                    ROOT / "tests/worker/comm/stand_in.cc", ROOT / "tests/worker/comm/nccl_stand_in.cc"}
+
+
+def test_the_training_step_needs_torch_alone():
+    """A machine with GPUs that has torch, g++ and CMake builds it (docs/gpu.md): no header of any other library, however
+    far down, although on this machine they would all be found."""
+    allowed = re.compile(r"(ATen|c10|torch)/|cuda_runtime_api\.h$|nccl\.h$|[a-z_]+$|(math|stdlib|string|time|unistd)\.h$")
+    ours = re.compile(r"(common|worker|tests)/")
+    to_read, seen = step_sources(), set()
+    assert len(to_read) > 20
+    while to_read:
+        path = to_read.pop()
+        seen.add(path)
+        for name in includes(path):
+            if ours.match(name):
+                to_read |= {ROOT / name} - seen
+            else:
+                assert allowed.match(name), f"{path.relative_to(ROOT)} includes {name}"
+
+
 def test_the_check_sees_a_breach(tmp_path):
     (tmp_path / "a.cc").write_text('#include "worker/train.h"\n#  include <torch/torch.h>\n// #include <mpi.h>\n')
     names = includes(tmp_path / "a.cc")

@@ -7,6 +7,7 @@
 
 #include "tests/worker/golden.h"
 #include "tests/worker/io/thread_collectives.h"
+#include "worker/shard/load_weights.h"
 
 namespace simpo {
 namespace {
@@ -62,7 +63,7 @@ TEST(AdamW, EqualsThePlainFormulaOnEveryLayout) {
     for (const ShardingOptions& sharding : Layouts()) {
       ThreadWorld::Run(ranks, [&](Collectives& comm) {
         ShardedParams params(golden.config, sharding, comm);
-        ASSERT_TRUE(params.LoadWeights(*golden.weights).ok());
+        ASSERT_TRUE(LoadWeights(*golden.weights, params).ok());
         std::map<std::string, PlainAdamW> want;
         params.GatherAll();
         for (const Bucket& bucket : params.buckets()) {
@@ -99,7 +100,7 @@ TEST(AdamW, Bf16WeightsAreRoundedMasters) {
   const Golden golden("untied");
   const std::unique_ptr<Collectives> comm = MakeSingleRankCollectives();
   ShardedParams params(golden.config, {.compute_dtype = at::kBFloat16}, *comm);
-  ASSERT_TRUE(params.LoadWeights(*golden.weights).ok());
+  ASSERT_TRUE(LoadWeights(*golden.weights, params).ok());
   // Too small for bf16 to see at once, but the masters add them up.
   const at::Tensor before = params.Find("model.norm.weight")->value().clone();
   for (int64_t update = 1; update <= 40; ++update) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <set>
 
+#include "common/file_system.h"
 #include "tests/worker/golden.h"
 #include "tests/worker/io/test_files.h"
 #include "tests/worker/io/thread_collectives.h"

@@ -9,6 +9,7 @@
 
 #include "tests/worker/golden.h"
 #include "tests/worker/io/thread_collectives.h"
+#include "worker/shard/load_weights.h"
 #include "worker/train_step.h"
 
 namespace simpo {
@@ -26,7 +27,7 @@ class FindNonFiniteTest : public testing::TestWithParam<int> {
     ThreadWorld::Run(2, [&](Collectives& comm) {
       at::set_num_threads(1);
       ShardedParams params(golden_.config, {.zero_stage = GetParam()}, comm);
-      EXPECT_TRUE(params.LoadWeights(*golden_.weights).ok());
+      EXPECT_TRUE(LoadWeights(*golden_.weights, params).ok());
       spoil(params);
       params.SpreadAll();
       const Decoder decoder(golden_.config, params);

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "tests/worker/io/thread_collectives.h"
+#include "worker/model/read_model_config.h"
 #include "worker/shard/checkpoint.h"
 #include "worker/shard/sharded_params.h"
 

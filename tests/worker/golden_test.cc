@@ -15,6 +15,7 @@
 #include "tests/worker/io/thread_collectives.h"
 #include "worker/adamw.h"
 #include "worker/evaluate.h"
+#include "worker/shard/load_weights.h"
 #include "worker/train_step.h"
 
 namespace simpo {
@@ -38,7 +39,7 @@ struct Step {
 
   Step(const Golden& golden, const SimpoLoss& loss, size_t micro_batch, at::ScalarType dtype = at::kFloat)
       : params(golden.config, {.compute_dtype = dtype}, *comm) {
-    EXPECT_TRUE(params.LoadWeights(*golden.weights).ok());
+    EXPECT_TRUE(LoadWeights(*golden.weights, params).ok());
     const Decoder decoder(golden.config, params);
     const auto count = golden.numbers["static_pairs"].get<size_t>();
     const std::vector<TokenizedPair> pairs = Views(std::span(golden.pairs).first(count));
@@ -137,7 +138,7 @@ TEST_P(GoldenModel, Evaluation) {
       ThreadWorld::Run(ranks, [&, &name = name, &variant = variant](Collectives& comm) {
         at::set_num_threads(1);
         ShardedParams params(golden.config, ShardingOptions(), comm);
-        ASSERT_TRUE(params.LoadWeights(*golden.weights).ok());
+        ASSERT_TRUE(LoadWeights(*golden.weights, params).ok());
         const Decoder decoder(golden.config, params);
         const Metrics got =
             Evaluate(decoder, params, *data, LossOf(variant["loss"]), /*max_tokens=*/64, /*max_pairs=*/0, comm);

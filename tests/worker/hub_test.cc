@@ -33,6 +33,14 @@ TEST(HubId, IsOwnerSlashName) {
   }
 }
 
+TEST(HubDataset, MayNameARevision) {
+  for (const char* name : {"org/name", "org/name@main", "org/name@refs/pr/3"}) {
+    EXPECT_TRUE(IsHubDataset(name)) << name;
+  }
+  for (const char* name : {"name@main", "/abs/path@main", "@main", "a/b/c@main"})
+    EXPECT_FALSE(IsHubDataset(name)) << name;
+}
+
 TEST(HubSplitFiles, AreThoseWithTheSplitsName) {
   const Names files = {"README.md",
                        "data/train-00000-of-00002.parquet",
@@ -182,6 +190,31 @@ TEST_F(HubOfflineTest, AConvertedDataSet) {
   const absl::StatusOr<HubFiles> none = FetchSplit("org/d", "", "test", /*required=*/false, HubAccess::kDownload);
   ASSERT_TRUE(none.ok()) << none.status();
   EXPECT_THAT(none->files, IsEmpty());
+}
+
+TEST_F(HubOfflineTest, ARevisionOfADataSet) {
+  const std::string tagged(40, 'd');
+  Write("datasets--org--d/refs/main", kCommit);
+  Write(fs::path("datasets--org--d/snapshots") / kCommit / "train.jsonl", "");
+  Write("datasets--org--d/refs/v2", tagged);
+  Write(fs::path("datasets--org--d/snapshots") / tagged / "train.jsonl", "");
+  const auto fetch = [](const std::string& source, const std::string& split) {
+    return FetchSplit(source, "", split, /*required=*/true, HubAccess::kDownload);
+  };
+  for (const std::string& source : {std::string("org/d@v2"), "org/d@" + tagged}) {
+    const absl::StatusOr<HubFiles> data = fetch(source, "train");
+    ASSERT_TRUE(data.ok()) << data.status();
+    EXPECT_THAT(data->source, HasSubstr("commit " + tagged));
+    EXPECT_THAT(data->files, ElementsAre(data->folder / "train.jsonl"));
+  }
+  EXPECT_THAT(fetch("org/d", "train")->source, HasSubstr(std::string("revision main, commit ") + kCommit));
+  // The hub's conversion is that of main, and not taken for another revision.
+  const std::string converted(40, 'c');
+  Write("datasets--org--d/refs/refs/convert/parquet", converted);
+  Write(fs::path("datasets--org--d/snapshots") / converted / "default/test/0000.parquet", "");
+  EXPECT_TRUE(fetch("org/d", "test").ok());
+  EXPECT_THAT(fetch("org/d@v2", "test").status().message(), HasSubstr("revision v2 has no split 'test'"));
+  EXPECT_EQ(fetch("org/d@../x", "train").status().code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(HubOfflineTest, RevisionsThatLeaveTheCacheAreRefused) {

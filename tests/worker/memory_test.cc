@@ -9,7 +9,9 @@
 #include "tests/worker/golden.h"
 #include "tests/worker/io/test_files.h"
 #include "tests/worker/io/thread_collectives.h"
+#include "worker/model/read_model_config.h"
 #include "worker/shard/export_hf.h"
+#include "worker/shard/load_weights.h"
 #include "worker/shard/sharded_params.h"
 
 namespace simpo {
@@ -85,7 +87,7 @@ TEST_F(Memory, LoadingAndExportStayWithinOneBucketOfTheShare) {
       const int64_t share = bytes.weights + bytes.grads + bytes.optimizer;
       {
         const auto reader = ModelWeightsReader::Open(dir_.path()).value();
-        EXPECT_TRUE(params.LoadWeights(*reader).ok());
+        EXPECT_TRUE(LoadWeights(*reader, params).ok());
       }
       EXPECT_LE(t_peak, share + largest) << "loading, rank " << comm.rank();
       const int64_t after_load = t_peak;

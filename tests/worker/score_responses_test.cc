@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/worker/golden.h"
+#include "worker/shard/load_weights.h"
 #include "worker/train_step.h"
 
 namespace simpo {
@@ -18,7 +19,7 @@ struct Head {
   SimpoLoss loss{.label_smoothing = 0.1, .sft_weight = 0.3};
   GlobalBatchSize global{.pairs = 22, .chosen_tokens = 200};
 
-  Head() { EXPECT_TRUE(params.LoadWeights(*golden.weights).ok()); }
+  Head() { EXPECT_TRUE(LoadWeights(*golden.weights, params).ok()); }
   ScoredBatch Score(bool with_gradients, int64_t max_logits) {
     params.ZeroGrads();
     const Decoder decoder(golden.config, params);

@@ -20,8 +20,6 @@
 #include <string>
 #include <thread>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "common/log.h"
 #include "worker/comm/collectives.h"
 #include "worker/comm/cuda_calls.h"
@@ -94,7 +92,7 @@ class NcclCollectives final : public Collectives {
     config.blocking = 0;
     std::unique_lock lock(mutex_);
     Settle(lock, ncclCommInitRankConfig(&comm_, world_size, id, rank, &config), options_.connect_timeout,
-           absl::StrFormat("joining the communicator of %d ranks", world_size));
+           c10::str("joining the communicator of ", world_size, " ranks"));
     watchdog_ = std::thread([this] { Watch(); });
   }
 
@@ -161,7 +159,7 @@ class NcclCollectives final : public Collectives {
     if (tensor.numel() == 0) return {};
     const size_t bytes = tensor.nbytes();
     auto work = std::make_shared<UnderWay>();
-    work->name = absl::StrFormat("%s %d (%d bytes)", verb, ++sequence_, bytes);
+    work->name = c10::str(verb, " ", ++sequence_, " (", bytes, " bytes)");
     Memory memory{.tensor = tensor};
     if (!cuda::OnDevice(tensor)) {
       memory.pinned = cuda::PinnedEmpty(static_cast<int64_t>(bytes));
@@ -236,13 +234,13 @@ class NcclCollectives final : public Collectives {
         const ncclResult_t asked = ncclCommGetAsyncError(comm_, &state);
         if (asked != ncclSuccess) state = asked;
         if (state != ncclSuccess && state != ncclInProgress) {
-          problem = Describe(absl::StrCat("with ", now, " under way"), state);
+          problem = Describe(c10::str("with ", now, " under way"), state);
         } else if (!under_way_.empty()) {
           const auto since = std::max(turn_began, under_way_.front()->begun);
           if (Clock::now() - since > options_.timeout) problem = NotEnded(now, options_.timeout);
         }
       } catch (const std::exception& error) {  // the device itself
-        problem = absl::StrCat("rank ", rank_, ": ", error.what());
+        problem = c10::str("rank ", rank_, ": ", error.what());
       }
       if (problem.empty()) continue;
       LOG_ERROR(problem);  // at once: the rank itself may take long to come back here
@@ -253,15 +251,14 @@ class NcclCollectives final : public Collectives {
 
   std::string Describe(const std::string& what, ncclResult_t result) const {
     const char* detail = comm_ == nullptr ? nullptr : ncclGetLastError(comm_);
-    return absl::StrFormat("NCCL on rank %d of %d, %s: %s%s%s. %s", rank_, world_size_, what,
-                           ncclGetErrorString(result), detail != nullptr && *detail != '\0' ? ": " : "",
-                           detail != nullptr ? detail : "", kRemedy);
+    return c10::str("NCCL on rank ", rank_, " of ", world_size_, ", ", what, ": ", ncclGetErrorString(result),
+                    detail != nullptr && *detail != '\0' ? ": " : "", detail != nullptr ? detail : "", ". ", kRemedy);
   }
   std::string NotEnded(const std::string& what, std::chrono::milliseconds timeout) const {
-    return absl::StrFormat(
-        "NCCL on rank %d of %d, %s: not done after %g s: another rank is gone, hangs, or is in another collective. %s "
-        "SIMPO_NCCL_TIMEOUT_S sets the time.",
-        rank_, world_size_, what, std::chrono::duration<double>(timeout).count(), kRemedy);
+    return c10::str("NCCL on rank ", rank_, " of ", world_size_, ", ", what, ": not done after ",
+                    std::chrono::duration<double>(timeout).count(),
+                    " s: another rank is gone, hangs, or is in another collective. ", kRemedy,
+                    " SIMPO_NCCL_TIMEOUT_S sets the time.");
   }
 
   // Ends the communicator, once. Takes mutex_ held and gives it back free: the abort may take long, and
@@ -324,10 +321,10 @@ std::unique_ptr<Collectives> MakeNcclCollectives(int rank, int world_size, const
   std::string bytes;
   if (rank == 0) {
     if (const ncclResult_t result = ncclGetUniqueId(&id); result != ncclSuccess) {
-      throw std::runtime_error(absl::StrCat("ncclGetUniqueId: ", ncclGetErrorString(result), ": ",
-                                            ncclGetLastError(nullptr),
-                                            ". NCCL found no network interface to listen on: NCCL_DEBUG=INFO shows "
-                                            "which it tried, NCCL_SOCKET_IFNAME chooses one."));
+      throw std::runtime_error(c10::str("ncclGetUniqueId: ", ncclGetErrorString(result), ": ",
+                                        ncclGetLastError(nullptr),
+                                        ". NCCL found no network interface to listen on: NCCL_DEBUG=INFO shows "
+                                        "which it tried, NCCL_SOCKET_IFNAME chooses one."));
     }
     bytes.assign(id.internal, sizeof(id.internal));
   }

@@ -301,6 +301,8 @@ absl::StatusOr<HubFiles> FetchConvertedSplit(const Repo& original, const Listing
 
 }  // namespace
 
+bool IsHubDataset(std::string_view name) { return IsHubId(name.substr(0, name.find('@'))); }
+
 bool IsHubId(std::string_view name) {
   const size_t slash = name.find('/');
   if (slash == name.npos || name.size() > 96) return false;
@@ -383,9 +385,11 @@ absl::StatusOr<Names> SplitFiles(const Names& files, std::string_view readme, co
   return all.size() == 1 && all[0].find("test") == std::string::npos ? all : Names();
 }
 
-absl::StatusOr<HubFiles> FetchSplit(const std::string& id, const std::string& config, const std::string& split,
+absl::StatusOr<HubFiles> FetchSplit(const std::string& source, const std::string& config, const std::string& split,
                                     bool required, HubAccess access) {
-  const Repo repo{"dataset", id, "main", access};
+  const size_t at = source.find('@');
+  const std::string id = source.substr(0, at);
+  const Repo repo{"dataset", id, at == source.npos ? "main" : source.substr(at + 1), access};
   SIMPO_ASSIGN_OR_RETURN(const Listing listing, List(repo));
   std::string readme;
   if (listing.Has("README.md")) {
@@ -395,7 +399,10 @@ absl::StatusOr<HubFiles> FetchSplit(const std::string& id, const std::string& co
   absl::StatusOr<Names> names = SplitFiles(listing.files, readme, config, split);
   if (!names.ok()) return absl::Status(names.status().code(), absl::StrCat(Name(repo), " ", names.status().message()));
   if (names->empty()) {
-    SIMPO_ASSIGN_OR_RETURN(HubFiles converted, FetchConvertedSplit(repo, listing, config, split));
+    HubFiles converted;
+    if (repo.revision == "main") {
+      SIMPO_ASSIGN_OR_RETURN(converted, FetchConvertedSplit(repo, listing, config, split));
+    }
     if (converted.files.empty() && required) return NoSplit(repo, listing, split);
     return converted;
   }

@@ -22,6 +22,9 @@ enum class HubAccess { kDownload, kCacheOnly };
 // Whether `name` has the form "owner/name" of a hub repository.
 bool IsHubId(std::string_view name);
 
+// Whether `name` is one of a data set's: "owner/name", or "owner/name@revision" with a branch, tag or commit.
+bool IsHubDataset(std::string_view name);
+
 struct HubFiles {
   std::filesystem::path folder;              // the snapshot, which may hold other files as well
   std::vector<std::filesystem::path> files;  // what was asked for, in reading order; of data sets only
@@ -38,9 +41,10 @@ absl::StatusOr<HubFiles> FetchModel(const std::string& id, const std::string& re
 // The tokenizer files of a model.
 absl::StatusOr<HubFiles> FetchTokenizer(const std::string& id, const std::string& revision, HubAccess access);
 
-// The files of a data set that carry `split` of a configuration (empty: the data set's default). Where it
-// has no such split, nor the hub's own conversion to Parquet: NOT_FOUND if it is `required`, else no files.
-absl::StatusOr<HubFiles> FetchSplit(const std::string& id, const std::string& config, const std::string& split,
+// The files of a data set (IsHubDataset) that carry `split` of a configuration (empty: the data set's default).
+// Where it has no such split, nor the hub's own conversion to Parquet (of the revision main): NOT_FOUND if it is
+// `required`, else no files.
+absl::StatusOr<HubFiles> FetchSplit(const std::string& source, const std::string& config, const std::string& split,
                                     bool required, HubAccess access);
 
 // Which of a repository's files carry a split, as `datasets` decides it: what the front matter of its README

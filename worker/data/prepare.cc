@@ -102,7 +102,7 @@ struct Sources {
 absl::StatusOr<std::vector<fs::path>> FindSourceFiles(const std::string& source, const SplitQuery& query,
                                                       const Sources& sources) {
   std::error_code error;
-  if (fs::exists(source, error) || !IsHubId(source)) return FindSplitFiles(source, query);
+  if (fs::exists(source, error) || !IsHubDataset(source)) return FindSplitFiles(source, query);
   absl::StatusOr<HubFiles> found =
       FetchSplit(source, query.config, query.split, /*required=*/query.unnamed, sources.hub_access);
   if (!found.ok()) {

@@ -7,8 +7,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
 
@@ -28,13 +26,6 @@ constexpr char kMagic[8] = {'S', 'I', 'M', 'P', 'O', 'T', 'K', '1'};
 constexpr int kPairHeaderWords = 5;
 
 }  // namespace
-
-int32_t TokenizedPair::SharedPrefixLength() const {
-  const size_t limit = std::min(chosen.size(), rejected.size()) - 1;
-  size_t shared = 0;
-  while (shared < limit && chosen[shared] == rejected[shared]) ++shared;
-  return static_cast<int32_t>(shared);
-}
 
 absl::StatusOr<std::unique_ptr<TokenizedDataset>> TokenizedDataset::Open(const std::filesystem::path& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);

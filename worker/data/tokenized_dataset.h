@@ -11,20 +11,9 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "worker/data/tokenized_pair.h"
 
 namespace simpo {
-
-// One preference pair as token ids. `chosen` is prompt + chosen response, `rejected` likewise; the
-// first *_prompt_length tokens of each are not scored. Both have at least one scored token.
-struct TokenizedPair {
-  std::span<const int32_t> chosen;
-  std::span<const int32_t> rejected;
-  int32_t chosen_prompt_length = 0;
-  int32_t rejected_prompt_length = 0;
-
-  // Tokens that both sequences begin with, whatever the text boundary is; less than either length.
-  int32_t SharedPrefixLength() const;
-};
 
 // Token ids of all pairs of one split, in the order of the rows, mapped read-only from the cache
 // file that WriteTokenizedDataset made. Thread-safe.

@@ -5,8 +5,6 @@
 #include <cmath>
 #include <string>
 
-#include "absl/strings/str_cat.h"
-
 namespace simpo {
 namespace {
 
@@ -54,9 +52,9 @@ Decoder::Decoder(const ModelConfig& config, const ShardedParams& params) : confi
   const std::vector<std::string> gate_up =
       fused ? std::vector<std::string>{"gate_up_proj"} : std::vector<std::string>{"gate_proj", "up_proj"};
   for (int64_t i = 0; i < config.num_layers; ++i) {
-    const std::string prefix = absl::StrCat("model.layers.", i, ".");
+    const std::string prefix = c10::str("model.layers.", i, ".");
     const auto norm = [&](const char* name) {
-      return name == nullptr ? WeightRef{} : params.Find(absl::StrCat(prefix, name, ".weight"));
+      return name == nullptr ? WeightRef{} : params.Find(c10::str(prefix, name, ".weight"));
     };
     const bool qk_norm = config.qk_norm != QkNorm::kNone;
     layers_.push_back({.norm_before_attention = norm(config.layer_norms.before_attention),

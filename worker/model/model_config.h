@@ -2,13 +2,10 @@
 #define SIMPO_WORKER_MODEL_MODEL_CONFIG_H_
 
 #include <cstdint>
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include "absl/status/statusor.h"
 
 namespace simpo {
 
@@ -56,7 +53,7 @@ struct LayerNorms {
 // Norms of queries and keys: none, of each head with the same weight, or of all heads together.
 enum class QkNorm { kNone, kPerHead, kAllHeads };
 
-// A decoder's architecture as a value: ReadModelConfig starts from its family's (FamilyOf in
+// A decoder's architecture as a value: ReadModelConfig (read_model_config.h) starts from its family's (FamilyOf in
 // model_families.h) and fills in what config.json says.
 struct ModelConfig {
   std::string model_type;
@@ -108,10 +105,6 @@ struct WeightSpec {
 // Every weight of the model, in bucket order: embeddings, layers from first to last, head.
 // With tied embeddings there is no lm_head.weight.
 std::vector<WeightSpec> ModelWeights(const ModelConfig& config);
-
-// Reads `model_dir`/config.json (and generation_config.json when present). An unknown family or a
-// field whose value is not supported is INVALID_ARGUMENT that names file, field and value.
-absl::StatusOr<ModelConfig> ReadModelConfig(const std::filesystem::path& model_dir);
 
 }  // namespace simpo
 

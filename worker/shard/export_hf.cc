@@ -17,6 +17,7 @@
 #include "common/file_system.h"
 #include "common/status_macros.h"
 #include "worker/model/json_fields.h"
+#include "worker/model/read_model_config.h"
 #include "worker/model/safetensors.h"
 #include "worker/shard/agree_on.h"
 #include "worker/shard/checkpoint_manifest.h"

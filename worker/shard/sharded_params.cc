@@ -7,8 +7,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-
 namespace simpo {
 namespace {
 
@@ -17,7 +15,7 @@ int64_t RoundUp(int64_t value, int64_t multiple) { return (value + multiple - 1)
 std::string BucketName(const ModelConfig& config, int64_t layer) {
   if (layer < 0) return "embeddings";
   if (layer == config.num_layers) return "head";
-  return absl::StrCat("layer.", layer);
+  return c10::str("layer.", layer);
 }
 
 // Copies what of `source`, whose place in the bucket is [offset, offset + numel), lies within the
@@ -98,23 +96,15 @@ void ShardedParams::Allocate(Bucket& bucket, int rank) {
   bucket.exp_avg_sq = at::zeros({owned}, state);
 }
 
-absl::Status ShardedParams::LoadWeights(const ModelWeightsReader& reader) {
-  for (Bucket& bucket : buckets_) {
-    for (const ParamSlot& slot : bucket.slots) {
-      const absl::StatusOr<at::Tensor> source = reader.Get(slot.spec.name, slot.spec.shape);
-      if (!source.ok()) return source.status();
-      const at::Tensor flat = source->flatten();
-      // The masters come from the file's own precision, not from the rounded compute weights.
-      CopyOverlap(flat, slot.offset, bucket.master, bucket.owned_begin);
-      if (bucket.weights.defined()) {
-        CopyOverlap(flat, slot.offset, bucket.weights, 0);
-      } else if (!bucket.master.is_same(bucket.weight_shard)) {
-        CopyOverlap(flat, slot.offset, bucket.weight_shard, bucket.owned_begin);
-      }
-      reader.Drop(slot.spec.name);
-    }
+void ShardedParams::SetWeight(Bucket& bucket, const ParamSlot& slot, const at::Tensor& whole) {
+  const at::Tensor flat = whole.flatten();
+  // The master comes from the given precision, not from the rounded compute weight.
+  CopyOverlap(flat, slot.offset, bucket.master, bucket.owned_begin);
+  if (bucket.weights.defined()) {
+    CopyOverlap(flat, slot.offset, bucket.weights, 0);
+  } else if (!bucket.master.is_same(bucket.weight_shard)) {
+    CopyOverlap(flat, slot.offset, bucket.weight_shard, bucket.owned_begin);
   }
-  return absl::OkStatus();
 }
 
 bool ShardedParams::Has(std::string_view name) const {

@@ -9,10 +9,8 @@
 #include <string_view>
 #include <vector>
 
-#include "absl/status/status.h"
 #include "worker/comm/collectives.h"
 #include "worker/model/model_config.h"
-#include "worker/model/safetensors.h"
 
 namespace simpo {
 
@@ -96,13 +94,13 @@ struct ShardingOptions {
 // the embeddings).
 class ShardedParams {
  public:
-  // Allocates; weights are zero until LoadWeights or a checkpoint fills them.
+  // Allocates; weights are zero until LoadWeights (load_weights.h) or a checkpoint fills them.
   ShardedParams(const ModelConfig& config, const ShardingOptions& options, Collectives& comm);
   ShardedParams(const ShardedParams&) = delete;
   ShardedParams& operator=(const ShardedParams&) = delete;
 
-  // Fills weights and masters from an HF checkpoint. Every rank reads what it holds, tensor by tensor.
-  absl::Status LoadWeights(const ModelWeightsReader& reader);
+  // Fills what this rank holds of one weight and its master from the whole tensor, of any floating dtype.
+  void SetWeight(Bucket& bucket, const ParamSlot& slot, const at::Tensor& whole);
 
   std::vector<Bucket>& buckets() { return buckets_; }
   const std::vector<Bucket>& buckets() const { return buckets_; }

@@ -7,7 +7,6 @@
 #include <memory>
 #include <set>
 
-#include "absl/strings/str_cat.h"
 #include "tests/worker/comm/stand_in.h"
 #include "tests/worker/comm/stand_in_state.h"
 
@@ -78,8 +77,8 @@ bool Match(const Group::Op& op) {
   for (const auto& [rank, part] : op.parts) {
     if (std::strcmp(part.name, first.name) != 0 || part.count != first.count || part.type != first.type ||
         part.root != first.root) {
-      Problem(absl::StrCat("ranks meet in different collectives: ", first.name, " of ", first.count, ", rank ", rank,
-                           " in ", part.name, " of ", part.count));
+      Problem(c10::str("ranks meet in different collectives: ", first.name, " of ", first.count, ", rank ", rank,
+                       " in ", part.name, " of ", part.count));
       return false;
     }
   }
@@ -236,7 +235,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* out, int world_size, ncclUniqueI
   Group& group = *comm->state->group;
   const std::lock_guard lock(group.mutex);
   group.world_size = world_size;
-  if (!group.joined.insert(rank).second) Problem(absl::StrCat("two ranks ", rank));
+  if (!group.joined.insert(rank).second) Problem(c10::str("two ranks ", rank));
   *out = comm;
   (void)Begin(comm);
   return ncclInProgress;
@@ -299,7 +298,7 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
 
 const char* ncclGetErrorString(ncclResult_t result) {
   static thread_local std::string text;
-  text = absl::StrCat("NCCL result ", static_cast<int>(result));
+  text = c10::str("NCCL result ", static_cast<int>(result));
   return text.c_str();
 }
 const char* ncclGetLastError(ncclComm_t) { return "what the stand-in says"; }

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "common/atomic_file.h"
+#include "common/file_system.h"
 #include "tests/fault_file_system.h"
 #include "tests/worker/io/saved_checkpoints.h"
 #include "tests/worker/io/test_files.h"

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <mutex>
 
+#include "common/file_system.h"
 #include "tests/worker/io/saved_checkpoints.h"
 #include "tests/worker/io/test_files.h"
 

@@ -11,6 +11,7 @@
 #include "tests/worker/io/thread_collectives.h"
 #include "tests/worker/io/tiny_model.h"
 #include "worker/shard/checkpoint_writer.h"
+#include "worker/shard/load_weights.h"
 
 namespace simpo {
 namespace {
@@ -100,7 +101,7 @@ TEST_F(ExportHfTest, StreamsTheSameBytesFromEveryStage) {
       ThreadWorld::Run(ranks, [&](Collectives& comm) {
         ShardedParams params(TinyConfig(),
                              {.compute_dtype = at::kBFloat16, .zero_stage = stage, .poison_released = true}, comm);
-        ASSERT_TRUE(params.LoadWeights(**ModelWeightsReader::Open(dir_ / "model")).ok());
+        ASSERT_TRUE(LoadWeights(**ModelWeightsReader::Open(dir_ / "model"), params).ok());
         ASSERT_TRUE(ExportHf(dir_ / "final", params, TinyConfig(), dir_ / "model", dir_ / "tokenizer", "", comm).ok());
         int64_t largest = 0;
         for (const Bucket& bucket : params.buckets()) largest = std::max(largest, bucket.numel * 2);

@@ -1,5 +1,3 @@
-#include "worker/model/model_config.h"
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -9,6 +7,7 @@
 
 #include "tests/worker/io/test_files.h"
 #include "tests/worker/io/tiny_model.h"
+#include "worker/model/read_model_config.h"
 
 namespace simpo {
 namespace {
