@@ -46,6 +46,17 @@ TEST(RunIsolated, StandingStillIsAnError) {
   EXPECT_THAT(ErrorOf(stalled), AllOf(HasSubstr("train.jsonl:9: "), HasSubstr("no progress in 1 seconds")));
 }
 
+// A namespace that holds itself has no end: to print it overflows the stack.
+TEST(RunIsolated, ATemplateThatPrintsItselfForEverCrashesAlone) {
+  const auto result = RunIsolated({}, [](BusyWith& busy) -> absl::StatusOr<std::string> {
+    busy.Set("train.jsonl:1");
+    const auto endless = ChatTemplate::Parse("{% set ns = namespace() %}{% set ns.self = ns %}{{ ns }}");
+    return (*endless)->Render(std::vector<Message>{{"user", "hi"}}, false, "", "");
+  });
+  EXPECT_EQ(result.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(ErrorOf(result), AllOf(HasSubstr("train.jsonl:1: "), HasSubstr("crashed"), HasSubstr("chat template")));
+}
+
 #ifndef __SANITIZE_ADDRESS__
 // A template's instructions are counted, but one of them may double a text.
 TEST(RunIsolated, ATemplateThatDoublesATextRunsOutOfItsMemory) {
