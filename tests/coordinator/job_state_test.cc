@@ -16,15 +16,16 @@ struct Line {
   const char* cells[kJobTriggers.size()];
 };
 constexpr Line kWanted[] = {
-    // slots        all attached  0             2 or 3       lost          exhausted    cancel
-    {"QUEUED", {"LAUNCHING+", "-", "-", "-", "-", "-", "CANCELLED"}},
-    {"LAUNCHING", {"-", "RUNNING", "SUCCEEDED", "FAILED", "RESTARTING", "FAILED", "CANCELLING!"}},
-    {"RUNNING", {"-", "RUNNING", "SUCCEEDED", "FAILED", "RESTARTING", "FAILED", "CANCELLING!"}},
-    {"RESTARTING", {"LAUNCHING+", "-", "-", "-", "-", "-", "CANCELLED"}},
-    {"CANCELLING", {"-", "CANCELLING", "SUCCEEDED", "CANCELLED", "CANCELLED", "CANCELLED", "CANCELLING"}},
-    {"SUCCEEDED", {"-", "-", "-", "-", "-", "-", "SUCCEEDED"}},
-    {"FAILED", {"-", "-", "-", "-", "-", "-", "FAILED"}},
-    {"CANCELLED", {"-", "-", "-", "-", "-", "-", "CANCELLED"}},
+    // slots        all attached  0             2 or 3       lost          exhausted    cancel       pre-empted
+    {"QUEUED", {"LAUNCHING+", "-", "-", "-", "-", "-", "CANCELLED", "-"}},
+    {"LAUNCHING", {"-", "RUNNING", "SUCCEEDED", "FAILED", "RESTARTING", "FAILED", "CANCELLING!", "PREEMPTING!"}},
+    {"RUNNING", {"-", "RUNNING", "SUCCEEDED", "FAILED", "RESTARTING", "FAILED", "CANCELLING!", "PREEMPTING!"}},
+    {"RESTARTING", {"LAUNCHING+", "-", "-", "-", "-", "-", "CANCELLED", "-"}},
+    {"PREEMPTING", {"-", "PREEMPTING", "SUCCEEDED", "FAILED", "QUEUED", "QUEUED", "CANCELLING!", "-"}},
+    {"CANCELLING", {"-", "CANCELLING", "SUCCEEDED", "CANCELLED", "CANCELLED", "CANCELLED", "CANCELLING", "-"}},
+    {"SUCCEEDED", {"-", "-", "-", "-", "-", "-", "SUCCEEDED", "-"}},
+    {"FAILED", {"-", "-", "-", "-", "-", "-", "FAILED", "-"}},
+    {"CANCELLED", {"-", "-", "-", "-", "-", "-", "CANCELLED", "-"}},
 };
 
 std::string CellText(v1::JobState state, JobTrigger trigger) {
