@@ -207,7 +207,6 @@ PlacementDecision Scheduler::Decide(int64_t now_ms) {
         Start(waiting, *std::move(where), now_ms, &decision);
       } else {
         head_ = &waiting;
-        if (cluster_.slots_free() <= 0) break;
         kept.emplace(cluster_, job.shape, now_ms);
         room_at_ms_ = kept->room_at_ms();
       }

@@ -34,6 +34,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr char kScenarios[] = SIMPO_SOURCE_DIR "/tests/scenarios";
 constexpr int64_t kBeginMs = 1'700'000'000'000;
 constexpr int64_t kPauseMs = 1'000;  // after the first fault
 
@@ -434,13 +435,13 @@ class ScenarioTest : public ::testing::TestWithParam<std::tuple<std::string, boo
 TEST_P(ScenarioTest, HappensAsTold) {
   SetLogLevel(LogLevel::kWarning);
   const auto& [name, pure] = GetParam();
-  Scenario(pure).Tell(fs::path(SIMPO_SCENARIOS) / (name + ".txt"));
+  Scenario(pure).Tell(fs::path(kScenarios) / (name + ".txt"));
   SetLogLevel(LogLevel::kInfo);
 }
 
 std::vector<std::string> ScenarioNames() {
   std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(SIMPO_SCENARIOS)) names.push_back(entry.path().stem().string());
+  for (const auto& entry : fs::directory_iterator(kScenarios)) names.push_back(entry.path().stem().string());
   std::sort(names.begin(), names.end());
   return names;
 }
