@@ -175,10 +175,17 @@ class PreemptionTest : public DispatcherTest {
   PreemptionTest() {
     queue_.preemption = true;
     StartCoordinator();
-    low_ = Start(JobYaml(4, "time_limit: 100\n"));
+    low_ = Start(JobYaml(4, "time_limit: 300\n"));
     channels_ = AttachAll(low_, 1, 4);
     for (int step = 1; step <= 3; ++step) Say(low_, 1, 0, StepMessage(step));
     Say(low_, 1, 0, EventMessage("checkpoint", "checkpoint after step 2", 2));
+  }
+  // Time passes, and the ranks are heard of.
+  void Train(int seconds_in_all) {
+    for (int i = 0; i < seconds_in_all; i += 10) {
+      Pass(seconds(10));
+      for (int rank = 0; rank < 4; ++rank) Say(low_, 1, rank, HeartbeatMessage("train"));
+    }
   }
   void Interrupt() { urgent_ = Start(JobYaml(2, "priority: 5\n")); }
   std::string low_, urgent_;
@@ -186,7 +193,7 @@ class PreemptionTest : public DispatcherTest {
 };
 
 TEST_F(PreemptionTest, AJobOfLowerPriorityCheckpointsAndWaitsAgain) {
-  Pass(seconds(60));
+  Train(60);
   Interrupt();
   EXPECT_EQ(State(low_), "PREEMPTING");
   EXPECT_EQ(Job(low_).reason(), absl::StrCat("pre-empted by job ", urgent_, " (priority 5)"));
@@ -210,7 +217,7 @@ TEST_F(PreemptionTest, AJobOfLowerPriorityCheckpointsAndWaitsAgain) {
   Pass(milliseconds(200));
   EXPECT_EQ(State(low_), "LAUNCHING");
   EXPECT_TRUE(launcher_.started().back().resume_latest);
-  Pass(seconds(39));
+  Pass(seconds(239));
   EXPECT_EQ(State(low_), "LAUNCHING") << "the time limit counts the time that it ran";
   Pass(seconds(2));
   EXPECT_EQ(State(low_), "CANCELLING");
@@ -235,10 +242,7 @@ TEST_F(PreemptionTest, ANewCoordinatorKnowsThatItWasAsked) {
 
 TEST_F(PreemptionTest, WhoDoesNotLeaveIsEnded) {
   Interrupt();
-  for (int i = 0; i < 25; ++i) {
-    Pass(seconds(5));
-    for (int rank = 0; rank < 4; ++rank) Say(low_, 1, rank, HeartbeatMessage("train"));
-  }
+  Train(130);
   EXPECT_EQ(launcher_.Count("terminate"), 1);
   Pass(seconds(16));
   EXPECT_EQ(launcher_.Count("kill"), 1);

@@ -51,12 +51,13 @@ struct SimulatedJob {
 class World {
  public:
   virtual ~World() = default;
+  virtual void SetTime(int64_t now_ms) = 0;
   virtual void Submit(const SimulatedJob& job) = 0;
   virtual void Cancel(const std::string& name) = 0;
   virtual void SetPriority(const std::string& name, int priority) = 0;
   virtual void SetNode(const std::string& node, bool up) = 0;
-  // Whatever is due at this time happens, and the queue is looked at.
-  virtual void Settle(int64_t now_ms) = 0;
+  // Whatever is due by now happens, and the queue is looked at.
+  virtual void Settle() = 0;
   // waiting, running, leaving, done, cancelled
   virtual std::map<std::string, std::string> States() = 0;
   virtual std::string Reason(const std::string& name) = 0;
@@ -67,6 +68,7 @@ class SchedulerWorld final : public World {
  public:
   explicit SchedulerWorld(const Scheduler::Options& options) : scheduler_(options) {}
 
+  void SetTime(int64_t now_ms) override { now_ms_ = now_ms; }
   void Submit(const SimulatedJob& job) override {
     const int64_t sequence = static_cast<int64_t>(jobs_.size()) + 1;
     by_name_[job.name] = sequence;
@@ -78,7 +80,7 @@ class SchedulerWorld final : public World {
     if (job.state == "waiting") Finish(by_name_.at(name), "cancelled");
     if (job.state != "running") return;
     job.then = "cancelled";
-    AskToLeave(by_name_.at(name));
+    AskToLeave(by_name_.at(name), "cancelled on request");
   }
   void SetPriority(const std::string& name, int priority) override {
     Find(name).job.priority = priority;
@@ -94,8 +96,8 @@ class SchedulerWorld final : public World {
       }
     }
   }
-  void Settle(int64_t now_ms) override {
-    now_ms_ = now_ms;
+  void Settle() override {
+    const int64_t now_ms = now_ms_;
     for (auto& [sequence, job] : jobs_) {
       if (job.state != "running" && job.state != "leaving") continue;
       if (job.lost) {
@@ -126,7 +128,10 @@ class SchedulerWorld final : public World {
       job.started_ms = now_ms;
       job.gain = start.gain;
     }
-    for (const auto& preemption : decision.preempt) AskToLeave(preemption.victim);
+    for (const auto& [victim, winner] : decision.preempt) {
+      const SimulatedJob& job = jobs_.at(winner).job;
+      AskToLeave(victim, absl::StrCat("pre-empted by job ", job.name, " (priority ", job.priority, ")"));
+    }
     scheduler_.Explain(now_ms, 1'000'000, 1, 0,
                        [&](int64_t sequence, std::string reason) { jobs_.at(sequence).reason = std::move(reason); });
   }
@@ -165,8 +170,9 @@ class SchedulerWorld final : public World {
     job.since_ms = now_ms_;
     Queue(sequence);
   }
-  void AskToLeave(int64_t sequence) {
+  void AskToLeave(int64_t sequence, const std::string& why) {
     Job& job = jobs_.at(sequence);
+    job.reason = why;
     job.state = "leaving";
     job.leaves_ms = now_ms_ + SimulatedLauncher::kCheckpointMs;
     Queue(sequence);
@@ -213,6 +219,7 @@ class DispatcherWorld final : public World {
     dispatcher_->Adopt(launcher_, Now());
   }
 
+  void SetTime(int64_t now_ms) override { now_ms_ = now_ms; }
   void Submit(const SimulatedJob& job) override {
     Submission submission = SimulatedSubmission(job.name, job.shape.nodes, job.shape.slots_per_node);
     submission.config.time_limit_s = job.limit_ms / 1000;
@@ -240,8 +247,7 @@ class DispatcherWorld final : public World {
     EXPECT_TRUE(dispatcher_->SetNodeUp(node, up)) << node;
     if (!up) launcher_.LoseNode(node);
   }
-  void Settle(int64_t now_ms) override {
-    now_ms_ = now_ms;
+  void Settle() override {
     dispatcher_->Tick(Now());
     Flush();
   }
@@ -328,11 +334,15 @@ class Scenario {
     }
     const int64_t until_ms = kBeginMs + Milliseconds(first);
     ASSERT_GE(until_ms, now_ms_) << "time goes forward only";
-    for (; now_ms_ < until_ms; now_ms_ += 1'000) world_->Settle(now_ms_);
+    for (; now_ms_ < until_ms; now_ms_ += 1'000) {
+      world_->SetTime(now_ms_);
+      world_->Settle();
+    }
+    world_->SetTime(now_ms_);
     std::string verb;
     words >> verb;
     if (verb == "expect") {
-      world_->Settle(now_ms_);
+      world_->Settle();
       return Expect(words);
     }
     Event(verb, words);
