@@ -92,6 +92,18 @@ void Controller::Cancel(std::string job_id, Dispatcher::CancelDone done) {
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
+void Controller::SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done) {
+  Post({.apply = [this, job_id = std::move(job_id), priority,
+                  done](Moment now) { dispatcher_.SetPriority(job_id, priority, now, done); },
+        .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
+void Controller::ListNodes(v1::ListNodesRequest request,
+                           std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done) {
+  Post({.apply = [this, request = std::move(request), done](Moment) { done(dispatcher_.ListNodes(request)); },
+        .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
 void Controller::Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel) {
   Post({.apply = [this, hello = std::move(hello), channel](Moment now) { dispatcher_.Attach(hello, channel, now); },
         .refuse = [channel](const absl::Status& status) { channel->Close(status); }});

@@ -33,6 +33,8 @@ class Controller {
   // `done` is called by the controller's thread once the answer is durable.
   void Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done);
   void Cancel(std::string job_id, Dispatcher::CancelDone done);
+  void SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done);
+  void ListNodes(v1::ListNodesRequest request, std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done);
 
   void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);
   // `taken` is called when the message has left the queue.

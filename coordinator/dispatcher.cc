@@ -19,6 +19,13 @@ namespace fs = std::filesystem;
 
 constexpr int kEventsOfAJob = 200;        // that are looked through at the start
 constexpr int64_t kRecentMs = 3'600'000;  // ended jobs that may still be on the metrics page
+constexpr int kMaxPriority = 1'000'000;
+constexpr int kDefaultNodes = 100, kMaxNodes = 1'000;  // of one page
+
+// Reasons for waiting. Those of so many jobs at the front of the queue are always of now; beyond, so many
+// are renewed at each tick that those of a queue of 15,000 are never older than ten seconds.
+constexpr int kExplainedInFront = 64;
+constexpr int kExplainedAtATick = 300;
 
 // Ten letters and digits, the first a letter; no vowels, so that no word comes out.
 absl::StatusOr<std::string> NewJobId() {
@@ -35,6 +42,39 @@ absl::StatusOr<std::string> NewJobId() {
     id += kAlphabet[number % (id.empty() ? kLetters : kAll)];
   }
   return id;
+}
+
+Scheduler::Options QueueOptions(const Dispatcher::Options& options) {
+  Scheduler::Options result = options.queue;
+  if (result.nodes.empty()) result.nodes.push_back({.name = "local", .slots = options.slots_total});
+  return result;
+}
+
+GangShape ShapeOf(const v1::Job& job) {
+  const int nodes = std::max(1, job.nodes());
+  return {.nodes = nodes, .slots_per_node = job.slots() / nodes};
+}
+
+JobOwner OwnerOf(const v1::Job& job) {
+  return {.user = job.user(), .labels = {job.labels().begin(), job.labels().end()}};
+}
+
+// Where an attempt runs. One from before nodes were recorded, or on a machine that has got another name
+// since, is on the only node.
+NodeShares SharesOf(const v1::Job& job, const v1::Attempt& attempt, const Cluster& cluster) {
+  NodeShares where;
+  for (const v1::NodeSlots& share : attempt.nodes()) {
+    const auto node = cluster.by_name().find(share.node());
+    if (node != cluster.by_name().end()) where.push_back({node->second, share.slots()});
+  }
+  if (where.empty() && cluster.nodes().size() == 1) where.push_back({0, job.slots()});
+  return where;
+}
+
+std::vector<std::string> NodeNames(const v1::Attempt& attempt) {
+  std::vector<std::string> names;
+  for (const v1::NodeSlots& share : attempt.nodes()) names.push_back(share.node());
+  return names;
 }
 
 JobConfig ConfigOf(const v1::Job& job) {
@@ -72,7 +112,12 @@ std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
 }
 
 Dispatcher::Dispatcher(Options options, Database& database, JobStore& jobs, MetricStore& metrics, JobViews& views)
-    : options_(std::move(options)), database_(database), jobs_(jobs), metrics_(metrics), views_(views) {}
+    : options_(std::move(options)),
+      database_(database),
+      jobs_(jobs),
+      metrics_(metrics),
+      views_(views),
+      queue_(QueueOptions(options_)) {}
 
 void Dispatcher::Write(const absl::Status& status) {
   if (store_status_.ok()) store_status_ = status;
@@ -114,6 +159,7 @@ absl::Status Dispatcher::Load(Moment now) {
     if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record));
     // The config of what ended long ago is of no more use.
     if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) record.config = ConfigOf(record.job);
+    if (!is_final) Queue(record);
   }
   PublishChanged();
   return absl::OkStatus();
@@ -181,6 +227,7 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
   AddEvent(record, event, reason, now.unix_ms);
   Write(jobs_.UpdateJob(record.sequence, record.job));
   if (transition->action == JobAction::kLaunch) launches_.push_back(&record);
+  Queue(record);
   placement_due_ = true;
   return true;
 }
@@ -227,6 +274,9 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
                                 "job"));
   }
   config.output_dir = output_dir.string();
+  if (const std::string never = queue_.NeverStarts(ShapeOf(stored.job), OwnerOf(stored.job)); !never.empty()) {
+    return done(BadRequestError({{"resources", 0, absl::StrCat("the job can never start here: ", never)}}, "job"));
+  }
   v1::Job& job = stored.job;
   job.set_id(*id);
   job.set_request_id(request_id.empty() ? *id : request_id);
@@ -238,6 +288,7 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   Write(jobs_.InsertJob(stored));
   JobRecord& record = AddRecord(std::move(stored));
   record.config = std::move(config);
+  Queue(record);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
   acknowledgements_.push_back([&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
@@ -261,33 +312,122 @@ void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) 
   });
 }
 
-void Dispatcher::Place(Moment now) {
-  placement_due_ = false;
-  std::vector<WaitingJob> waiting;
-  int taken = 0;
-  for (const auto& [sequence, record] : live_) {
-    const v1::Job& job = record->job;
-    if (HoldsGang(job.state())) taken += job.slots();
-    if (!WaitsForSlots(job.state())) continue;
-    waiting.push_back({.id = job.id(),
-                       .priority = job.priority(),
-                       .sequence = sequence,
-                       .slots = job.slots(),
-                       .not_before_ms = record->not_before_ms});
+void Dispatcher::SetPriority(const std::string& job_id, int priority, Moment now, PriorityDone done) {
+  JobRecord* record = FindRecord(job_id);
+  if (record == nullptr) return done(absl::NotFoundError(absl::StrCat("there is no job '", job_id, "'")));
+  v1::Job& job = record->job;
+  if (priority < -kMaxPriority || priority > kMaxPriority) {
+    return done(BadRequestError(
+        {{"priority", 0, absl::StrCat("must be ", -kMaxPriority, " to ", kMaxPriority, ", not ", priority)}},
+        "request"));
   }
-  const PlacementDecision decision = DecidePlacement(now.unix_ms, options_.slots_total, taken, std::move(waiting));
-  for (const auto& [id, reason] : decision.reasons) {
-    JobRecord& record = *FindRecord(id);
-    const bool restarts = record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty();
-    const std::string text = restarts ? absl::StrCat(record.attempts.back().reason(), "; ", reason) : reason;
-    if (record.job.reason() == text) continue;
-    record.job.set_reason(text);
-    Changed(record);
+  if (IsFinal(job.state())) {
+    return done(absl::FailedPreconditionError(
+        absl::StrCat("job ", job_id, " has ended (", JobStateName(job.state()), "); submit it again to run it again")));
   }
-  for (const std::string& id : decision.start) BeginAttempt(*FindRecord(id), now);
+  if (const int before = job.priority(); before != priority) {
+    job.set_priority(priority);
+    Write(jobs_.UpdateJob(record->sequence, job));
+    AddEvent(*record, "priority", absl::StrCat("priority ", before, " -> ", priority), now.unix_ms);
+    Queue(*record);
+    placement_due_ = true;
+  }
+  acknowledgements_.push_back([record, done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    v1::SetPriorityResponse response;
+    *response.mutable_job() = record->job;
+    done(std::move(response));
+  });
 }
 
-void Dispatcher::BeginAttempt(JobRecord& record, Moment now) {
+absl::StatusOr<v1::ListNodesResponse> Dispatcher::ListNodes(const v1::ListNodesRequest& request) const {
+  if (request.page_size() < 0 || request.page_size() > kMaxNodes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("page_size is ", request.page_size(), "; it must be 1 to ", kMaxNodes));
+  }
+  const int size = request.page_size() == 0 ? kDefaultNodes : request.page_size();
+  const Cluster& cluster = queue_.cluster();
+  v1::ListNodesResponse response;
+  for (auto named = cluster.by_name().upper_bound(request.page_token()); named != cluster.by_name().end(); ++named) {
+    if (response.nodes_size() == size) {
+      response.set_next_page_token(response.nodes().rbegin()->name());
+      break;
+    }
+    const Node& node = cluster.nodes()[named->second];
+    v1::NodeState& state = *response.add_nodes();
+    state.set_name(node.name);
+    state.set_slots(node.slots);
+    state.set_slots_taken(node.slots - cluster.free(named->second));
+    state.set_up(node.up);
+    state.mutable_labels()->insert(node.labels.begin(), node.labels.end());
+    for (const auto& [sequence, slots] : cluster.gangs_on(named->second)) {
+      v1::JobSlots& job = *state.add_jobs();
+      job.set_job_id(cluster.running().at(sequence).id);
+      job.set_slots(slots);
+    }
+  }
+  return response;
+}
+
+bool Dispatcher::SetNodeUp(const std::string& name, bool up) {
+  placement_due_ = true;
+  return queue_.SetNodeUp(name, up);
+}
+
+void Dispatcher::Queue(const JobRecord& record) {
+  const v1::Job& job = record.job;
+  const int64_t limit_ms = record.config.time_limit_s * 1000;
+  if (WaitsForSlots(job.state())) {
+    const bool is_new = record.attempts.empty();
+    const int64_t since_ms = UnixMillis(is_new ? job.create_time() : record.attempts.back().end_time());
+    queue_.Wait({.sequence = record.sequence,
+                 .id = job.id(),
+                 .owner = OwnerOf(job),
+                 .priority = job.priority(),
+                 .shape = ShapeOf(job),
+                 .time_left_ms = limit_ms > 0 ? std::max<int64_t>(1, limit_ms - RunMillis(record, since_ms)) : 0,
+                 .waiting_since_ms = since_ms,
+                 .not_before_ms = record.not_before_ms});
+  } else if (HoldsGang(job.state())) {
+    const v1::Attempt& attempt = record.attempts.back();
+    const int64_t started_ms = UnixMillis(attempt.start_time());
+    const bool leaves = job.state() == v1::JOB_STATE_PREEMPTING || job.state() == v1::JOB_STATE_CANCELLING;
+    queue_.Run({.sequence = record.sequence,
+                .id = job.id(),
+                .priority = job.priority() + attempt.priority_gain(),
+                .started_ms = started_ms,
+                .ends_by_ms = limit_ms > 0 ? started_ms + limit_ms - RunMillis(record, started_ms) : kNever,
+                .leaving = leaves,
+                .where = SharesOf(job, attempt, queue_.cluster())},
+               OwnerOf(job));
+  } else {
+    queue_.Remove(record.sequence);
+  }
+}
+
+void Dispatcher::Place(Moment now) {
+  placement_due_ = false;
+  const PlacementDecision decision = queue_.Decide(now.unix_ms);
+  for (const PlacementDecision::Start& start : decision.start) BeginAttempt(*records_.at(start.sequence), start, now);
+  for (const auto& [victim, winner] : decision.preempt) Preempt(*records_.at(victim), *records_.at(winner), now);
+  if (queue_.in_line() <= kExplainedInFront || std::exchange(explain_due_, false)) ExplainQueue(now);
+}
+
+void Dispatcher::ExplainQueue(Moment now) {
+  if (explain_from_ > queue_.in_line()) explain_from_ = 1;
+  queue_.Explain(now.unix_ms, kExplainedInFront, explain_from_, kExplainedAtATick,
+                 [this](int64_t sequence, std::string reason) {
+                   JobRecord& record = *records_.at(sequence);
+                   // After an attempt it matters most why there is another one.
+                   if (!record.attempts.empty()) reason = absl::StrCat(record.attempts.back().reason(), "; ", reason);
+                   if (record.job.reason() == reason) return;
+                   record.job.set_reason(std::move(reason));
+                   Changed(record);
+                 });
+  explain_from_ += kExplainedAtATick;
+}
+
+void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start& start, Moment now) {
   v1::Job& job = record.job;
   job.set_attempt(job.attempt() + 1);
   if (!job.has_start_time()) *job.mutable_start_time() = ToTimestamp(now.unix_ms);
@@ -295,6 +435,12 @@ void Dispatcher::BeginAttempt(JobRecord& record, Moment now) {
   attempt.set_number(job.attempt());
   *attempt.mutable_start_time() = ToTimestamp(now.unix_ms);
   attempt.set_log_dir((fs::path(job.output_dir()) / "logs" / absl::StrCat("attempt-", job.attempt())).string());
+  attempt.set_priority_gain(start.gain);
+  for (const NodeShare& share : start.where) {
+    v1::NodeSlots& slots = *attempt.add_nodes();
+    slots.set_node(queue_.cluster().nodes()[share.node].name);
+    slots.set_slots(share.slots);
+  }
   Write(jobs_.PutAttempt(record.sequence, attempt));
   record.gang.emplace();
   record.gang->ranks.resize(job.ranks());
@@ -315,6 +461,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
                                           .attempt = job.attempt(),
                                           .ranks = job.ranks(),
                                           .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
+                                          .nodes = NodeNames(record.attempts.back()),
                                           .resume_latest = resume,
                                           .job_yaml = job.config_yaml(),
                                           .log_dir = record.attempts.back().log_dir(),

@@ -23,6 +23,7 @@
 #include "coordinator/liveness.h"
 #include "coordinator/metric_store.h"
 #include "coordinator/moment.h"
+#include "coordinator/placement.h"
 #include "coordinator/submission.h"
 #include "simpo/v1/training_service.pb.h"
 
@@ -38,7 +39,8 @@ namespace simpo {
 class Dispatcher {
  public:
   struct Options {
-    int slots_total = 1;
+    int slots_total = 1;                // of this machine, where `queue` names no nodes
+    Scheduler::Options queue;           // how slots are shared out
     std::filesystem::path outputs_dir;  // absolute; of jobs without an absolute output_dir
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
@@ -53,6 +55,7 @@ class Dispatcher {
   };
   using SubmitDone = std::function<void(absl::StatusOr<v1::SubmitJobResponse>)>;
   using CancelDone = std::function<void(absl::StatusOr<v1::CancelJobResponse>)>;
+  using PriorityDone = std::function<void(absl::StatusOr<v1::SetPriorityResponse>)>;
 
   Dispatcher(Options options, Database& database, JobStore& jobs, MetricStore& metrics, JobViews& views);
 
@@ -66,6 +69,10 @@ class Dispatcher {
   // The same request_id again gives the same job; with another digest it is ALREADY_EXISTS.
   void Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done);
   void Cancel(const std::string& job_id, Moment now, CancelDone done);
+  void SetPriority(const std::string& job_id, int priority, Moment now, PriorityDone done);
+  absl::StatusOr<v1::ListNodesResponse> ListNodes(const v1::ListNodesRequest& request) const;
+  // For launchers of several machines: a node that is down gets no new gang. False: there is no such node.
+  bool SetNodeUp(const std::string& name, bool up);
 
   // --- what ranks say. What comes from another attempt than the current one is turned away.
   void Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> channel, Moment now);
@@ -92,8 +99,11 @@ class Dispatcher {
   void AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms);
   // Moves a job on; false where the table has no such move.
   bool Apply(JobRecord& record, JobTrigger trigger, const std::string& event, const std::string& reason, Moment now);
+  // Tells the queue what has become of a job.
+  void Queue(const JobRecord& record);
   void Place(Moment now);
-  void BeginAttempt(JobRecord& record, Moment now);
+  void ExplainQueue(Moment now);
+  void BeginAttempt(JobRecord& record, const PlacementDecision::Start& start, Moment now);
   void Launch(JobRecord& record, Moment now);
   void PublishChanged();
   absl::Status LoadLive(JobRecord& record);
@@ -110,6 +120,9 @@ class Dispatcher {
   void TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now);
   // Asks a job to end: by command where there is training to keep, else by signal.
   void RequestEnd(JobRecord& record, const std::string& why, Moment now);
+  void Preempt(JobRecord& record, const JobRecord& winner, Moment now);
+  // `state`: that the job was in.
+  void AskToLeave(JobRecord& record, v1::JobState state, Moment now);
   void SendStop(JobRecord& record);
   void Terminate(JobRecord& record, Moment now);
   void TendGang(JobRecord& record, Moment now);
@@ -132,6 +145,10 @@ class Dispatcher {
   std::map<int64_t, JobRecord*> live_;  // those that have not ended
   std::vector<JobRecord*> changed_;     // since the last publication
   int64_t next_sequence_ = 1;
+
+  Scheduler queue_;
+  bool explain_due_ = false;  // at each tick, for queues that are too long to be explained each time
+  int explain_from_ = 1;      // the place in the queue where the next tick goes on
 
   absl::Status store_status_;
   bool placement_due_ = true;

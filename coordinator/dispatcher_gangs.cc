@@ -61,6 +61,15 @@ bool AnyAttached(const Gang& gang) {
 
 }  // namespace
 
+int64_t RunMillis(const JobRecord& record, int64_t now_ms) {
+  int64_t run_ms = 0;
+  for (const v1::Attempt& attempt : record.attempts) {
+    const int64_t end_ms = attempt.has_end_time() ? UnixMillis(attempt.end_time()) : now_ms;
+    run_ms += std::max<int64_t>(0, end_ms - UnixMillis(attempt.start_time()));
+  }
+  return run_ms;
+}
+
 void ShowTrainReport(const v1::StepReport& report, v1::JobProgress* progress) {
   const v1::MetricPoint& point = report.point();
   progress->set_step(point.step());
@@ -97,7 +106,8 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
     if (*last) (*split == 't' ? gang.last_step : gang.last_eval_step) = (*last)->point().step();
   }
   if (gang.last_step > 0) record.attempts.back().set_last_step(gang.last_step);
-  if (job.state() == v1::JOB_STATE_CANCELLING) gang.stop_asked = now.steady;
+  const bool leaves = job.state() == v1::JOB_STATE_CANCELLING || job.state() == v1::JOB_STATE_PREEMPTING;
+  if (leaves) gang.stop_asked = now.steady;
   AddEvent(record, "adopted", absl::StrCat("the coordinator was restarted and goes on with attempt ", job.attempt()),
            now.unix_ms);
 }
@@ -266,7 +276,19 @@ void Dispatcher::RequestEnd(JobRecord& record, const std::string& why, Moment no
   const v1::JobState state = record.job.state();
   if (IsFinal(state) || state == v1::JOB_STATE_CANCELLING) return;
   Apply(record, JobTrigger::kCancelRequested, record.gang ? "cancelling" : "cancelled", why, now);
-  if (!record.gang) return;
+  if (record.gang) AskToLeave(record, state, now);
+}
+
+void Dispatcher::Preempt(JobRecord& record, const JobRecord& winner, Moment now) {
+  const v1::JobState state = record.job.state();
+  const std::string why =
+      absl::StrCat("pre-empted by job ", winner.job.id(), " (priority ", winner.job.priority(), ")");
+  if (Apply(record, JobTrigger::kPreempted, "preempting", why, now)) AskToLeave(record, state, now);
+}
+
+void Dispatcher::AskToLeave(JobRecord& record, v1::JobState state, Moment now) {
+  // One that was asked already does not get more time by being asked again.
+  if (record.gang->stop_asked) return;
   record.gang->stop_asked = now.steady;
   // A command is for keeping work. Without a step since the attempt began there is none.
   if (state == v1::JOB_STATE_RUNNING && record.gang->last_step > 0) {
@@ -300,6 +322,7 @@ void Dispatcher::Tick(Moment now) {
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
   placement_due_ = true;
+  explain_due_ = true;
 }
 
 void Dispatcher::TendGang(JobRecord& record, Moment now) {
@@ -323,7 +346,7 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
   if (status.phase == GangStatus::Phase::kTraining && !gang.started) gang.started = now.steady;
 
   const int64_t limit_ms = record.config.time_limit_s * 1000;
-  if (limit_ms > 0 && now.unix_ms - UnixMillis(job.start_time()) > limit_ms) {
+  if (limit_ms > 0 && RunMillis(record, now.unix_ms) > limit_ms) {
     RequestEnd(record, absl::StrCat("the time limit of ", record.config.time_limit_s, " s was reached"), now);
   }
   if (gang.fault.empty() && !gang.terminated) {
@@ -396,12 +419,15 @@ void Dispatcher::EndAttempt(JobRecord& record, std::optional<int> exit_code, con
       own_exit ? TriggerOfExit(*exit_code, restarts_left) : TriggerOfExit(/*exit_code=*/1, restarts_left);
   const bool cancelling = job.state() == v1::JOB_STATE_CANCELLING;
   const bool done = trigger == JobTrigger::kAttemptSucceeded;
-  const std::string why = done ? "done" : cancelling ? job.reason() : DescribeEnd(record, exit_code, lost_reason);
+  const bool preempted = job.state() == v1::JOB_STATE_PREEMPTING && !done && trigger != JobTrigger::kAttemptRefused;
+  const bool asked = cancelling || preempted;
+  const std::string why = done ? "done" : asked ? job.reason() : DescribeEnd(record, exit_code, lost_reason);
 
   v1::Attempt& attempt = record.attempts.back();
   *attempt.mutable_end_time() = ToTimestamp(now.unix_ms);
   if (exit_code) attempt.set_exit_code(*exit_code);
   attempt.set_reason(why);
+  attempt.set_preempted(preempted);
   Write(jobs_.PutAttempt(record.sequence, attempt));
   job.mutable_progress()->set_eta_seconds(0);
 
@@ -410,6 +436,13 @@ void Dispatcher::EndAttempt(JobRecord& record, std::optional<int> exit_code, con
     Apply(record, trigger, "succeeded", absl::StrCat("done ", after, "; results are in ", job.output_dir()), now);
   } else if (cancelling) {
     Apply(record, trigger, "cancelled", attempt.last_step() > 0 ? absl::StrCat(why, ", stopped ", after) : why, now);
+  } else if (preempted) {
+    record.not_before_ms = 0;
+    const int64_t from = job.progress().checkpoint_step();
+    Apply(record, trigger, "preempted",
+          absl::StrCat(why, " ", after, "; goes on ", from > 0 ? absl::StrCat("after step ", from) : "from the start",
+                       " when there is room again"),
+          now);
   } else if (trigger == JobTrigger::kAttemptFaulted) {
     job.set_restarts(job.restarts() + 1);
     const milliseconds pause = PauseAfter(job.restarts());

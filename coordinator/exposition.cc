@@ -89,6 +89,7 @@ void AddRestarts(const JobView& view, Families* families) {
   std::map<std::string, int> restarts;  // by reason
   int left = view.job.restarts();       // the first attempts are those that were followed by another
   for (const v1::Attempt& attempt : view.attempts) {
+    if (attempt.preempted()) continue;
     if (left-- <= 0) break;
     ++restarts[attempt.has_exit_code() ? absl::StrCat("exit_", attempt.exit_code()) : "lost"];
   }

@@ -80,6 +80,8 @@ struct JobRecord {
   int64_t checkpoint_ms = 0;  // Unix time of the last complete checkpoint
 };
 
+// How long the attempts of a job have run in all. Waiting and pauses do not count.
+int64_t RunMillis(const JobRecord& record, int64_t now_ms);
 // What a train report says of a job's progress.
 void ShowTrainReport(const v1::StepReport& report, v1::JobProgress* progress);
 // Two events of one attempt with the same key are the same event.

@@ -10,6 +10,7 @@ constexpr v1::JobState kQueued = v1::JOB_STATE_QUEUED;
 constexpr v1::JobState kLaunching = v1::JOB_STATE_LAUNCHING;
 constexpr v1::JobState kRunning = v1::JOB_STATE_RUNNING;
 constexpr v1::JobState kRestarting = v1::JOB_STATE_RESTARTING;
+constexpr v1::JobState kPreempting = v1::JOB_STATE_PREEMPTING;
 constexpr v1::JobState kCancelling = v1::JOB_STATE_CANCELLING;
 constexpr v1::JobState kSucceeded = v1::JOB_STATE_SUCCEEDED;
 constexpr v1::JobState kFailed = v1::JOB_STATE_FAILED;
@@ -32,6 +33,7 @@ constexpr Row kTable[] = {
     {kLaunching, JobTrigger::kAttemptFaulted, {kRestarting, JobAction::kNone}},
     {kLaunching, JobTrigger::kRestartsExhausted, {kFailed, JobAction::kNone}},
     {kLaunching, JobTrigger::kCancelRequested, {kCancelling, JobAction::kStopGang}},
+    {kLaunching, JobTrigger::kPreempted, {kPreempting, JobAction::kStopGang}},
 
     // After an outage the ranks attach again.
     {kRunning, JobTrigger::kRanksAttached, {kRunning, JobAction::kNone}},
@@ -40,9 +42,18 @@ constexpr Row kTable[] = {
     {kRunning, JobTrigger::kAttemptFaulted, {kRestarting, JobAction::kNone}},
     {kRunning, JobTrigger::kRestartsExhausted, {kFailed, JobAction::kNone}},
     {kRunning, JobTrigger::kCancelRequested, {kCancelling, JobAction::kStopGang}},
+    {kRunning, JobTrigger::kPreempted, {kPreempting, JobAction::kStopGang}},
 
     {kRestarting, JobTrigger::kSlotsAssigned, {kLaunching, JobAction::kLaunch}},
     {kRestarting, JobTrigger::kCancelRequested, {kCancelled, JobAction::kNone}},
+
+    {kPreempting, JobTrigger::kRanksAttached, {kPreempting, JobAction::kNone}},
+    {kPreempting, JobTrigger::kAttemptSucceeded, {kSucceeded, JobAction::kNone}},
+    {kPreempting, JobTrigger::kAttemptRefused, {kFailed, JobAction::kNone}},
+    // However it ended, it had been asked to; that is no fault of its own.
+    {kPreempting, JobTrigger::kAttemptFaulted, {kQueued, JobAction::kNone}},
+    {kPreempting, JobTrigger::kRestartsExhausted, {kQueued, JobAction::kNone}},
+    {kPreempting, JobTrigger::kCancelRequested, {kCancelling, JobAction::kStopGang}},
 
     {kCancelling, JobTrigger::kRanksAttached, {kCancelling, JobAction::kNone}},
     // It was done before the request reached it.
@@ -86,7 +97,9 @@ JobTrigger TriggerOfExit(int exit_code, bool restarts_left) {
 
 bool IsFinal(v1::JobState state) { return state == kSucceeded || state == kFailed || state == kCancelled; }
 
-bool HoldsGang(v1::JobState state) { return state == kLaunching || state == kRunning || state == kCancelling; }
+bool HoldsGang(v1::JobState state) {
+  return state == kLaunching || state == kRunning || state == kPreempting || state == kCancelling;
+}
 
 bool WaitsForSlots(v1::JobState state) { return state == kQueued || state == kRestarting; }
 
@@ -111,6 +124,8 @@ const char* JobTriggerName(JobTrigger trigger) {
       return "gang lost, no restarts left";
     case JobTrigger::kCancelRequested:
       return "cancel requested";
+    case JobTrigger::kPreempted:
+      return "pre-empted";
   }
   return "";
 }

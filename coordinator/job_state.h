@@ -18,15 +18,17 @@ enum class JobTrigger {
   kAttemptFaulted,     // the gang was lost, and another attempt is allowed
   kRestartsExhausted,  // the gang was lost, and no other attempt is allowed
   kCancelRequested,    // a user or the time limit wants the job to end
+  kPreempted,          // a job of higher priority needs the slots
 };
 inline constexpr std::array kJobTriggers = {
     JobTrigger::kSlotsAssigned,   JobTrigger::kRanksAttached,  JobTrigger::kAttemptSucceeded,
     JobTrigger::kAttemptRefused,  JobTrigger::kAttemptFaulted, JobTrigger::kRestartsExhausted,
-    JobTrigger::kCancelRequested,
+    JobTrigger::kCancelRequested, JobTrigger::kPreempted,
 };
 inline constexpr std::array kJobStates = {
-    v1::JOB_STATE_QUEUED,     v1::JOB_STATE_LAUNCHING, v1::JOB_STATE_RUNNING, v1::JOB_STATE_RESTARTING,
-    v1::JOB_STATE_CANCELLING, v1::JOB_STATE_SUCCEEDED, v1::JOB_STATE_FAILED,  v1::JOB_STATE_CANCELLED,
+    v1::JOB_STATE_QUEUED,     v1::JOB_STATE_LAUNCHING,  v1::JOB_STATE_RUNNING,
+    v1::JOB_STATE_RESTARTING, v1::JOB_STATE_PREEMPTING, v1::JOB_STATE_CANCELLING,
+    v1::JOB_STATE_SUCCEEDED,  v1::JOB_STATE_FAILED,     v1::JOB_STATE_CANCELLED,
 };
 
 // What the controller does once the new state is on disk.

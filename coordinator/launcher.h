@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -17,6 +18,7 @@ struct GangRequest {
   int attempt = 1;
   int ranks = 1;
   int threads_per_rank = 1;
+  std::vector<std::string> nodes;  // that the ranks are spread over, evenly
   bool resume_latest = false;
   std::string job_yaml;
   std::filesystem::path log_dir;

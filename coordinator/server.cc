@@ -37,6 +37,11 @@ milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int6
 Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
   Dispatcher::Options result;
   result.slots_total = options.slots;
+  result.queue = {.nodes = options.nodes,
+                  .user_quotas = options.user_quotas,
+                  .label_quotas = options.label_quotas,
+                  .preemption = options.preemption,
+                  .starvation_ms = static_cast<int64_t>(options.starvation_minutes * 60'000)};
   result.outputs_dir = fs::path(options.data_dir) / "outputs";
   result.liveness.attach = Milliseconds(options.attach_timeout_s);
   result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);

@@ -16,6 +16,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "common/atomic_file.h"
+#include "common/host_name.h"
 #include "common/status_macros.h"
 #include "coordinator/listen_address.h"
 
@@ -23,6 +24,8 @@ namespace simpo {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr int kMaxSlots = 65536;
 
 struct Key {
   const char* name;  // in the config file; the flag has - for _
@@ -45,6 +48,9 @@ const Key kKeys[] = {
     {"restart_pause_s", &ServerOptions::restart_pause_s, "Seconds before the first restart; doubles with each more"},
     {"restart_pause_max_s", &ServerOptions::restart_pause_max_s, "Longest pause before a restart, in seconds"},
     {"keep_ended_minutes", &ServerOptions::keep_ended_minutes, "Minutes that an ended job stays on /metrics"},
+    {"preemption", &ServerOptions::preemption, "Let jobs of higher priority take the slots of running ones"},
+    {"starvation_minutes", &ServerOptions::starvation_minutes,
+     "Minutes of waiting after which a job gains priority; 0: never"},
 };
 
 std::string FlagOf(const Key& key) { return absl::StrCat("--", absl::StrReplaceAll(key.name, {{"_", "-"}})); }
@@ -75,6 +81,25 @@ bool IsOnPath(const std::string& program) {
                      [&](const std::string& dir) { return IsProgram(fs::path(dir) / program); });
 }
 
+// One node, this machine: mpirun reaches no other.
+absl::Status CompleteNodes(ServerOptions* options) {
+  if (options->nodes.size() > 1) {
+    return absl::InvalidArgumentError(absl::StrCat("nodes names ", options->nodes.size(),
+                                                   " machines, but jobs run on this one only (launcher mpirun)"
+                                                   "; name one, or none"));
+  }
+  if (options->nodes.empty()) {
+    if (options->slots == 0) options->slots = UsableCores();
+    options->nodes.push_back({.name = HostName(), .slots = options->slots});
+  } else if (options->slots != 0 && options->slots != options->nodes[0].slots) {
+    return absl::InvalidArgumentError(absl::StrCat("--slots is ", options->slots, ", but nodes gives ",
+                                                   options->nodes[0].slots, " to ", options->nodes[0].name,
+                                                   "; keep one of both"));
+  }
+  options->slots = options->nodes[0].slots;
+  return absl::OkStatus();
+}
+
 absl::Status CheckAddress(const std::string& flag, const std::string& text, bool insecure) {
   SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress(flag, text));
   if (address.IsLoopback() || insecure) return absl::OkStatus();
@@ -82,6 +107,55 @@ absl::Status CheckAddress(const std::string& flag, const std::string& text, bool
       absl::StrCat(flag, " ", text,
                    " can be reached from other machines, and there are neither passwords nor "
                    "encryption yet. Use 127.0.0.1, or add --insecure when the network is yours alone"));
+}
+
+// `nodes: [{name: a, slots: 8, labels: {gpu: h100}}]`. Returns what is wrong with it, or nothing.
+std::string TakeNodes(const YAML::Node& value, ServerOptions* options) {
+  const char* form = "must be a list, as [{name: a, slots: 8, labels: {rack: r1}}]";
+  if (!value.IsSequence()) return absl::StrCat("nodes: ", form);
+  for (const YAML::Node& item : value) {
+    if (!item.IsMap()) return absl::StrCat("nodes: ", form);
+    Node node;
+    for (const auto& entry : item) {
+      const std::string key = entry.first.as<std::string>();
+      if (key == "name") {
+        node.name = entry.second.as<std::string>();
+      } else if (key == "slots") {
+        node.slots = entry.second.as<int>();
+      } else if (key == "labels") {
+        node.labels = entry.second.as<std::map<std::string, std::string>>();
+      } else {
+        return absl::StrCat("nodes: unknown key '", key, "'; known are name, slots, labels");
+      }
+    }
+    if (node.name.empty() || node.slots < 1 || node.slots > kMaxSlots) {
+      return absl::StrCat("nodes: each needs a name and 1 to ", kMaxSlots, " slots");
+    }
+    for (const Node& other : options->nodes) {
+      if (other.name == node.name) return absl::StrCat("nodes: '", node.name, "' is there twice");
+    }
+    options->nodes.push_back(std::move(node));
+  }
+  return "";
+}
+
+// `quotas: {users: {alice: 8, "*": 4}, labels: {team=red: 16}}`. Returns what is wrong with it, or nothing.
+std::string TakeQuotas(const YAML::Node& value, ServerOptions* options) {
+  const char* form = "must be as {users: {alice: 8, \"*\": 4}, labels: {team=red: 16}}";
+  if (!value.IsMap()) return absl::StrCat("quotas: ", form);
+  for (const auto& entry : value) {
+    const std::string kind = entry.first.as<std::string>();
+    if (kind != "users" && kind != "labels") return absl::StrCat("quotas: unknown key '", kind, "'; it ", form);
+    auto& quotas = kind == "users" ? options->user_quotas : options->label_quotas;
+    quotas = entry.second.as<std::map<std::string, int>>();
+    for (const auto& [name, slots] : quotas) {
+      if (slots < 0) return absl::StrCat("quotas: '", name, "' must be 0 slots or more");
+      if (kind == "labels" && name.find('=') == std::string::npos) {
+        return absl::StrCat("quotas: '", name, "' must be a label and its value, as team=red");
+      }
+    }
+  }
+  return "";
 }
 
 // What is wrong with one key of the config file, or nothing.
@@ -96,7 +170,13 @@ std::string TakeKey(const CLI::App& app, const std::string& name, const YAML::No
     }
     return "";
   }
-  std::vector<std::string> names;
+  try {
+    if (name == "nodes") return TakeNodes(value, options);
+    if (name == "quotas") return TakeQuotas(value, options);
+  } catch (const YAML::Exception&) {
+    return absl::StrCat(name, ": a value has the wrong type");
+  }
+  std::vector<std::string> names = {"nodes", "quotas"};
   for (const Key& key : kKeys) names.push_back(key.name);
   return absl::StrCat("unknown key '", name, "'; known are ", absl::StrJoin(names, ", "));
 }
@@ -140,12 +220,11 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
   options->data_dir = fs::absolute(options->data_dir).lexically_normal().string();
   SIMPO_RETURN_IF_ERROR(CheckAddress("--listen", options->listen, options->insecure));
   SIMPO_RETURN_IF_ERROR(CheckAddress("--http", options->http, options->insecure));
-  constexpr int kMaxSlots = 65536;
   if (options->slots < 0 || options->slots > kMaxSlots) {
     return absl::InvalidArgumentError(
         absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
-  if (options->slots == 0) options->slots = UsableCores();
+  SIMPO_RETURN_IF_ERROR(CompleteNodes(options));
   for (const Key& key : kKeys) {
     const auto* field = std::get_if<double ServerOptions::*>(&key.field);
     if (field != nullptr && !(options->*(*field) >= 0 && options->*(*field) <= 1e9)) {

@@ -2,10 +2,13 @@
 #define SIMPO_COORDINATOR_SERVER_OPTIONS_H_
 
 #include <filesystem>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/cluster.h"
 
 namespace CLI {
 class App;
@@ -28,6 +31,12 @@ struct ServerOptions {
   double restart_pause_s = 1;       // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
+  bool preemption = false;         // jobs of higher priority may take the slots of running ones
+  double starvation_minutes = 60;  // of waiting, after which a job gains priority; 0: never
+  // In the config file only. This machine, when none is named; more than one needs a launcher that
+  // reaches them.
+  std::vector<Node> nodes;
+  std::map<std::string, int> user_quotas, label_quotas;  // as in Scheduler::Options
   // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
   std::string program;
 };

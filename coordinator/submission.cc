@@ -73,6 +73,7 @@ void CheckSlots(Submission* submission, int slots_total) {
   const int ranks = config.Ranks();
   const int threads = ThreadsPerRank(config.threads_per_rank, ranks, slots_total);
   submission->job.set_ranks(ranks);
+  submission->job.set_nodes(config.nodes);
   submission->job.set_slots(ranks * threads);
   if (ranks * threads > slots_total) {
     submission->violations.push_back(

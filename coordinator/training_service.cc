@@ -143,6 +143,31 @@ grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext
   return call.reactor();
 }
 
+grpc::ServerUnaryReactor* TrainingService::SetPriority(grpc::CallbackServerContext* context,
+                                                       const v1::SetPriorityRequest* request,
+                                                       v1::SetPriorityResponse* response) {
+  const UnaryCall call(context, parts_.rpc_stats, "SetPriority");
+  const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
+  if (!view.ok()) return call.Finish(view.status());
+  parts_.controller.SetPriority((*view)->job.id(), request->priority(),
+                                [call, response](absl::StatusOr<v1::SetPriorityResponse> result) {
+                                  if (result.ok()) response->Swap(&*result);
+                                  call.Finish(result.status());
+                                });
+  return call.reactor();
+}
+
+grpc::ServerUnaryReactor* TrainingService::ListNodes(grpc::CallbackServerContext* context,
+                                                     const v1::ListNodesRequest* request,
+                                                     v1::ListNodesResponse* response) {
+  const UnaryCall call(context, parts_.rpc_stats, "ListNodes");
+  parts_.controller.ListNodes(*request, [call, response](absl::StatusOr<v1::ListNodesResponse> result) {
+    if (result.ok()) response->Swap(&*result);
+    call.Finish(result.status());
+  });
+  return call.reactor();
+}
+
 absl::Status TrainingService::GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response) {
   SIMPO_ASSIGN_OR_RETURN(const JobViews::View view, parts_.views.Find(request.job_id()));
   SIMPO_ASSIGN_OR_RETURN(std::vector<v1::JobEvent> events, parts_.jobs.LastEvents(view->sequence, kEventsShown));

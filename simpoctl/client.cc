@@ -121,6 +121,14 @@ absl::StatusOr<v1::CancelJobResponse> Client::Cancel(const v1::CancelJobRequest&
   return Call(*this, stub_.get(), &v1::TrainingService::Stub::CancelJob, request, kTries);
 }
 
+absl::StatusOr<v1::SetPriorityResponse> Client::SetPriority(const v1::SetPriorityRequest& request) {
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::SetPriority, request, kTries);
+}
+
+absl::StatusOr<v1::ListNodesResponse> Client::ListNodes(const v1::ListNodesRequest& request) {
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListNodes, request, 1);
+}
+
 absl::StatusOr<v1::GetJobResponse> Client::GetJob(const std::string& job) {
   v1::GetJobRequest request;
   request.set_job_id(job);

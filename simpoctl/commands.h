@@ -23,6 +23,8 @@ void AddList(CLI::App& app, CommandLine& line);    // jobs.cc
 void AddGet(CLI::App& app, CommandLine& line);
 void AddDescribe(CLI::App& app, CommandLine& line);
 void AddCancel(CLI::App& app, CommandLine& line);
+void AddPriority(CLI::App& app, CommandLine& line);
+void AddNodes(CLI::App& app, CommandLine& line);
 void AddWatch(CLI::App& app, CommandLine& line);  // streams.cc
 void AddWait(CLI::App& app, CommandLine& line);
 void AddLogs(CLI::App& app, CommandLine& line);

@@ -142,6 +142,7 @@ Color StateColor(v1::JobState state) {
     case v1::JOB_STATE_RUNNING:
       return Color::kCyan;
     case v1::JOB_STATE_RESTARTING:
+    case v1::JOB_STATE_PREEMPTING:
     case v1::JOB_STATE_CANCELLING:
     case v1::JOB_STATE_CANCELLED:
       return Color::kYellow;

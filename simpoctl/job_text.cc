@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "simpoctl/format.h"
 
@@ -109,6 +110,11 @@ std::string Facts(const v1::GetJobResponse& response) {
     rows.push_back({"Evaluation", MetricSummary(progress.eval_metrics(), "eval_")});
   }
   if (progress.checkpoint_step() > 0) rows.push_back({"Checkpoint", absl::StrCat("step ", progress.checkpoint_step())});
+  if (job.nodes() > 1 && response.attempts_size() > 0) {
+    std::vector<std::string> nodes;
+    for (const v1::NodeSlots& share : response.attempts().rbegin()->nodes()) nodes.push_back(share.node());
+    rows.push_back({"Nodes", absl::StrJoin(nodes, ", ")});
+  }
   rows.push_back({"Output", job.output_dir()});
   if (job.state() == v1::JOB_STATE_SUCCEEDED) rows.push_back({"Model", job.output_dir() + "/final"});
   if (response.attempts_size() > 0) rows.push_back({"Logs", response.attempts().rbegin()->log_dir()});
@@ -178,6 +184,37 @@ std::string JobTable(const std::vector<v1::Job>& jobs, const google::protobuf::T
   return FormatTable(rows);
 }
 
+std::string NodeTable(const std::vector<v1::NodeState>& nodes) {
+  std::vector<std::vector<std::string>> rows = {{"NODE", "STATE", "SLOTS", "TAKEN", "LABELS", "JOBS"}};
+  for (const v1::NodeState& node : nodes) {
+    std::vector<std::string> labels;
+    for (const auto& [key, value] : std::map<std::string, std::string>(node.labels().begin(), node.labels().end())) {
+      labels.push_back(absl::StrCat(key, "=", value));
+    }
+    std::vector<std::string> jobs;
+    for (const v1::JobSlots& job : node.jobs()) jobs.push_back(absl::StrCat(job.job_id(), " (", job.slots(), ")"));
+    rows.push_back({node.name(), node.up() ? "up" : "down", absl::StrCat(node.slots()),
+                    absl::StrCat(node.slots_taken()), labels.empty() ? "-" : absl::StrJoin(labels, ","),
+                    jobs.empty() ? "-" : absl::StrJoin(jobs, ", ")});
+  }
+  return FormatTable(rows);
+}
+
+Json NodesToJson(const std::vector<v1::NodeState>& nodes) {
+  Json json = Json::array();
+  for (const v1::NodeState& node : nodes) {
+    Json jobs = Json::array();
+    for (const v1::JobSlots& job : node.jobs()) jobs.push_back({{"job_id", job.job_id()}, {"slots", job.slots()}});
+    json.push_back({{"name", node.name()},
+                    {"up", node.up()},
+                    {"slots", node.slots()},
+                    {"slots_taken", node.slots_taken()},
+                    {"labels", SortedJson(node.labels())},
+                    {"jobs", std::move(jobs)}});
+  }
+  return json;
+}
+
 std::string NextCommands(const v1::Job& job, const std::string& command, const std::string& http_address) {
   std::vector<std::vector<std::string>> rows;
   auto add = [&](const std::string& arguments, const std::string& what) {
@@ -193,6 +230,7 @@ std::string NextCommands(const v1::Job& job, const std::string& command, const s
     add("watch " + id, "progress, live");
     add("logs " + id + " --follow", "what rank 0 says");
     add("metrics " + id + " -o csv", "every step's values so far");
+    if (job.state() == v1::JOB_STATE_QUEUED) add("priority " + id + " N", "another place in the queue");
     add("cancel " + id, "end it");
   }
   // FormatTable strips the line's end only, so the indent stays.

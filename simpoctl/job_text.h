@@ -25,6 +25,9 @@ std::string DescribeText(const v1::GetJobResponse& response, const std::string& 
                          const std::string& http_address);
 // What one can do next with a job in its state, a command per line.
 std::string NextCommands(const v1::Job& job, const std::string& command, const std::string& http_address);
+// The nodes with their slots and the jobs on them.
+std::string NodeTable(const std::vector<v1::NodeState>& nodes);
+nlohmann::ordered_json NodesToJson(const std::vector<v1::NodeState>& nodes);
 // How a job ended, in a few lines.
 std::string EndSummary(const v1::Job& job, const std::string& command, const TerminalLook& look);
 

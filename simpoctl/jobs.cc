@@ -27,6 +27,7 @@ struct ListOptions {
 struct JobOptions {
   std::string job;
   bool yes = false;
+  int priority = 0;
   std::string output = "table";
 };
 
@@ -38,7 +39,7 @@ absl::StatusOr<std::vector<v1::Job>> FetchJobs(Client& client, const ListOptions
     if (state == v1::JOB_STATE_UNSPECIFIED) {
       return absl::InvalidArgumentError(absl::StrCat("--state: '", OneLine(name),
                                                      "' is no state; they are QUEUED, LAUNCHING, RUNNING, RESTARTING, "
-                                                     "CANCELLING, SUCCEEDED, FAILED and CANCELLED"));
+                                                     "PREEMPTING, CANCELLING, SUCCEEDED, FAILED and CANCELLED"));
     }
     request.add_states(state);
   }
@@ -108,6 +109,30 @@ absl::StatusOr<int> Cancel(Client& client, const JobOptions& options) {
   return kExitOk;
 }
 
+absl::StatusOr<int> Priority(Client& client, const JobOptions& options) {
+  v1::SetPriorityRequest request;
+  request.set_job_id(options.job);
+  request.set_priority(options.priority);
+  SIMPO_ASSIGN_OR_RETURN(const v1::SetPriorityResponse response, client.SetPriority(request));
+  const v1::Job& job = response.job();
+  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") has priority ", job.priority(), " and is ",
+                        StateName(job.state()), "\n"));
+  return kExitOk;
+}
+
+absl::StatusOr<int> Nodes(Client& client, const std::string& output) {
+  std::vector<v1::NodeState> nodes;
+  v1::ListNodesRequest request;
+  request.set_page_size(kLargestPage);
+  do {
+    SIMPO_ASSIGN_OR_RETURN(v1::ListNodesResponse response, client.ListNodes(request));
+    for (v1::NodeState& node : *response.mutable_nodes()) nodes.push_back(std::move(node));
+    request.set_page_token(response.next_page_token());
+  } while (!request.page_token().empty());
+  PrintOut(output == "json" ? NodesToJson(nodes).dump(2) + "\n" : NodeTable(nodes));
+  return kExitOk;
+}
+
 CLI::App* AddJobCommand(CLI::App& app, const char* name, const char* help, JobOptions* options) {
   CLI::App* command = app.add_subcommand(name, help);
   command->add_option("job", options->job, "A job's id, a beginning of it, or its name")->required()->type_name("JOB");
@@ -147,6 +172,23 @@ void AddCancel(CLI::App& app, CommandLine& line) {
   CLI::App* command = AddJobCommand(app, "cancel", "End a job", options.get());
   command->add_flag("--yes", options->yes, "Do not ask");
   command->callback([&line, options] { line.run = [options](Client& client) { return Cancel(client, *options); }; });
+}
+
+void AddPriority(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<JobOptions>();
+  CLI::App* command = AddJobCommand(app, "priority", "Give a job another priority; higher runs first", options.get());
+  command->add_option("priority", options->priority, "The new priority")
+      ->required()
+      ->type_name("N")
+      ->check(CLI::Range(-1'000'000, 1'000'000));
+  command->callback([&line, options] { line.run = [options](Client& client) { return Priority(client, *options); }; });
+}
+
+void AddNodes(CLI::App& app, CommandLine& line) {
+  auto output = std::make_shared<std::string>("table");
+  CLI::App* command = app.add_subcommand("nodes", "List the nodes, their slots and the jobs on them");
+  command->add_option("-o,--output", *output, "table or json")->check(CLI::IsMember({"table", "json"}));
+  command->callback([&line, output] { line.run = [output](Client& client) { return Nodes(client, *output); }; });
 }
 
 }  // namespace simpo

@@ -45,6 +45,8 @@ void Declare(CLI::App& app, CommandLine& line) {
   AddMetrics(app, line);
   AddCancel(app, line);
   AddWait(app, line);
+  AddPriority(app, line);
+  AddNodes(app, line);
   AddVersion(app, line);
   AddCompletion(app, line);
   AddHelp(app, line);

@@ -32,6 +32,7 @@ class DispatcherTest : public ::testing::Test {
     Dispatcher::Options options;
     options.slots_total = 4;
     options.outputs_dir = dir_ / "outputs";
+    options.queue = queue_;
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, *views_);
     ASSERT_OK(dispatcher_->Load(now_));
   }
@@ -97,6 +98,7 @@ class DispatcherTest : public ::testing::Test {
   TempDir dir_;
   Moment now_{.steady = SteadyTime(seconds(100'000)), .unix_ms = 1'700'000'000'000};
   FakeLauncher launcher_;
+  Scheduler::Options queue_;  // counts from StartCoordinator on
   Stores stores_;
   std::optional<JobViews> views_;
   std::optional<Dispatcher> dispatcher_;
@@ -158,13 +160,197 @@ TEST_F(DispatcherTest, QueueByPriorityThenAgeWithReasons) {
   const std::string young = Start(JobYaml(1));
   const std::string urgent = Start(JobYaml(2, "priority: 9\n"));
   EXPECT_EQ(State(old), "QUEUED");
-  EXPECT_EQ(Job(urgent).reason(), "waiting: 0 of 4 slots free, needs 2");
-  EXPECT_THAT(Job(old).reason(), HasSubstr("1 job ahead"));
+  EXPECT_EQ(Job(urgent).reason(), "waiting: 1st of 3 in the queue; 0 of 4 slots free, needs 2");
+  EXPECT_EQ(Job(old).reason(),
+            absl::StrCat("waiting: 2nd of 3 in the queue, behind ", urgent, "; 0 of 4 slots free, needs 3"));
   launcher_.End(running, 1, 0);
   Pass(milliseconds(200));
   EXPECT_EQ(State(urgent), "LAUNCHING");
   EXPECT_EQ(State(old), "QUEUED");
-  EXPECT_EQ(State(young), "QUEUED") << "it must not pass a job that waits for slots";
+  EXPECT_EQ(State(young), "LAUNCHING") << "when urgent ends there is room for old beside it";
+}
+
+class PreemptionTest : public DispatcherTest {
+ protected:
+  PreemptionTest() {
+    queue_.preemption = true;
+    StartCoordinator();
+    low_ = Start(JobYaml(4, "time_limit: 300\n"));
+    channels_ = AttachAll(low_, 1, 4);
+    for (int step = 1; step <= 3; ++step) Say(low_, 1, 0, StepMessage(step));
+    Say(low_, 1, 0, EventMessage("checkpoint", "checkpoint after step 2", 2));
+  }
+  // Time passes, and the ranks are heard of.
+  void Train(int seconds_in_all) {
+    for (int i = 0; i < seconds_in_all; i += 10) {
+      Pass(seconds(10));
+      for (int rank = 0; rank < 4; ++rank) Say(low_, 1, rank, HeartbeatMessage("train"));
+    }
+  }
+  void Interrupt() { urgent_ = Start(JobYaml(2, "priority: 5\n")); }
+  std::string low_, urgent_;
+  std::vector<std::shared_ptr<FakeChannel>> channels_;
+};
+
+TEST_F(PreemptionTest, AJobOfLowerPriorityCheckpointsAndWaitsAgain) {
+  Train(60);
+  Interrupt();
+  EXPECT_EQ(State(low_), "PREEMPTING");
+  EXPECT_EQ(Job(low_).reason(), absl::StrCat("pre-empted by job ", urgent_, " (priority 5)"));
+  for (const auto& channel : channels_) EXPECT_TRUE(channel->WasToldToStop());
+  EXPECT_EQ(launcher_.Count("terminate"), 0);
+  EXPECT_THAT(Job(urgent_).reason(), HasSubstr(absl::StrCat("job ", low_, " is making room for it")));
+  Say(low_, 1, 0, EventMessage("checkpoint", "checkpoint after step 3", 3));
+  launcher_.End(low_, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "QUEUED");
+  EXPECT_EQ(Job(low_).restarts(), 0) << "no fault of its own";
+  EXPECT_TRUE(views_->FindById(low_)->attempts[0].preempted());
+  EXPECT_THAT(EventTypes(low_),
+              ElementsAre("submitted", "launched", "running", "checkpoint", "preempting", "checkpoint", "preempted"));
+  EXPECT_EQ(State(urgent_), "LAUNCHING");
+  EXPECT_THAT(Job(low_).reason(), HasSubstr(absl::StrCat("pre-empted by job ", urgent_)));
+  EXPECT_THAT(Job(low_).reason(), HasSubstr("1st of 1 in the queue"));
+
+  Pass(seconds(1000));
+  launcher_.End(urgent_, 1, 0);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "LAUNCHING");
+  EXPECT_TRUE(launcher_.started().back().resume_latest);
+  Pass(seconds(239));
+  EXPECT_EQ(State(low_), "LAUNCHING") << "the time limit counts the time that it ran";
+  Pass(seconds(2));
+  EXPECT_EQ(State(low_), "CANCELLING");
+}
+
+TEST_F(PreemptionTest, ANewCoordinatorKnowsThatItWasAsked) {
+  Interrupt();
+  StartCoordinator();
+  EXPECT_EQ(State(low_), "PREEMPTING");
+  EXPECT_TRUE(AttachAll(low_, 1, 4)[0]->WasToldToStop());
+  launcher_.End(low_, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "QUEUED");
+  EXPECT_EQ(Job(low_).restarts(), 0);
+  EXPECT_EQ(State(urgent_), "LAUNCHING");
+  StartCoordinator();
+  EXPECT_EQ(State(low_), "QUEUED");
+  launcher_.End(urgent_, 1, 0);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "LAUNCHING");
+}
+
+TEST_F(PreemptionTest, WhoDoesNotLeaveIsEnded) {
+  Interrupt();
+  Train(130);
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  Pass(seconds(16));
+  EXPECT_EQ(launcher_.Count("kill"), 1);
+  launcher_.End(low_, 1, 137);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "QUEUED");
+  EXPECT_EQ(Job(low_).restarts(), 0);
+}
+
+TEST_F(PreemptionTest, CancelledWhileItMakesRoom) {
+  Interrupt();
+  EXPECT_EQ(Cancel(low_).state(), v1::JOB_STATE_CANCELLING);
+  launcher_.End(low_, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "CANCELLED");
+  EXPECT_EQ(State(urgent_), "LAUNCHING");
+}
+
+TEST_F(PreemptionTest, DoneBeforeTheRequestCame) {
+  Interrupt();
+  launcher_.End(low_, 1, 0);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(low_), "SUCCEEDED");
+}
+
+TEST_F(DispatcherTest, ThePriorityOfAJobCanBeChanged) {
+  const auto set = [&](const std::string& id, int priority) {
+    absl::StatusOr<v1::SetPriorityResponse> result = absl::UnknownError("not answered");
+    dispatcher_->SetPriority(id, priority, now_, [&](auto answer) { result = std::move(answer); });
+    Flush();
+    return result;
+  };
+  const std::string running = Start(JobYaml(4));
+  const std::string first = Start(JobYaml(4));
+  const std::string second = Start(JobYaml(4));
+  EXPECT_EQ(set(second, 3)->job().priority(), 3);
+  EXPECT_THAT(Job(second).reason(), HasSubstr("1st of 2"));
+  EXPECT_THAT(Job(first).reason(), HasSubstr("2nd of 2"));
+  EXPECT_THAT(EventTypes(second), ElementsAre("submitted", "priority"));
+  EXPECT_EQ(set("nobody", 1).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(set(first, 1'000'001).status().code(), absl::StatusCode::kInvalidArgument);
+  StartCoordinator();
+  EXPECT_EQ(Job(second).priority(), 3);
+  launcher_.End(running, 1, 0);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(second), "LAUNCHING");
+  EXPECT_EQ(set(running, 1).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(DispatcherTest, NodesAndWhoHoldsTheirSlots) {
+  queue_.nodes = {{.name = "b", .slots = 2}, {.name = "a", .slots = 4, .labels = {{"rack", "r1"}}}};
+  StartCoordinator();
+  const std::string small = Start(JobYaml(1));
+  const std::string large = Start(JobYaml(4));
+  const auto check = [&] {
+    v1::ListNodesRequest request;
+    request.set_page_size(1);
+    const v1::ListNodesResponse page = ValueOf(dispatcher_->ListNodes(request));
+    ASSERT_EQ(page.nodes_size(), 1);
+    const v1::NodeState& a = page.nodes(0);
+    EXPECT_EQ(a.name(), "a");
+    EXPECT_EQ(a.labels().at("rack"), "r1");
+    EXPECT_EQ(a.slots_taken(), 4);
+    EXPECT_EQ(a.jobs(0).job_id(), large);
+    EXPECT_TRUE(a.up());
+    request.set_page_token(page.next_page_token());
+    const v1::ListNodesResponse rest = ValueOf(dispatcher_->ListNodes(request));
+    ASSERT_EQ(rest.nodes_size(), 1);
+    EXPECT_EQ(rest.nodes(0).name(), "b");
+    EXPECT_EQ(rest.nodes(0).slots_taken(), 1);
+    EXPECT_EQ(rest.nodes(0).jobs(0).job_id(), small);
+    EXPECT_EQ(rest.next_page_token(), "");
+    request.set_page_size(-1);
+    EXPECT_EQ(dispatcher_->ListNodes(request).status().code(), absl::StatusCode::kInvalidArgument);
+  };
+  check();
+  StartCoordinator();  // it reads where gangs run
+  check();
+  ASSERT_EQ(launcher_.started().size(), 2u);
+  EXPECT_THAT(launcher_.started()[1].nodes, ElementsAre("a"));
+}
+
+TEST_F(DispatcherTest, WhatCanNeverStartIsRefused) {
+  queue_.user_quotas = {{"alice", 2}};
+  StartCoordinator();
+  const auto refused = Submit(JobYaml(3));
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.status().message()), HasSubstr("user alice may have 2 at a time"));
+  EXPECT_TRUE(Submit(JobYaml(2)).ok());
+  // A quota that shrinks later leaves the job where it is, and says so.
+  const std::string id = Start(JobYaml(2));
+  queue_.user_quotas = {{"alice", 1}};
+  StartCoordinator();
+  EXPECT_THAT(Job(id).reason(), HasSubstr("can never start here: it needs 2 slots, and user alice may have 1"));
+}
+
+TEST_F(DispatcherTest, EveryJobOfALongQueueLearnsItsPlace) {
+  Start(JobYaml(4));
+  std::vector<std::string> waiting;
+  for (int i = 0; i < 500; ++i) waiting.push_back(Start(JobYaml(1)));
+  for (int i = 0; i < 3; ++i) Pass(milliseconds(200));
+  for (size_t i = 0; i < waiting.size(); ++i) {
+    EXPECT_THAT(Job(waiting[i]).reason(), HasSubstr(absl::StrCat(i + 1)));
+    EXPECT_THAT(Job(waiting[i]).reason(), HasSubstr(" of 500 in the queue"));
+  }
+  Cancel(waiting[0]);
+  for (int i = 0; i < 3; ++i) Pass(milliseconds(200));
+  EXPECT_THAT(Job(waiting[499]).reason(), HasSubstr("499th of 499 in the queue"));
 }
 
 TEST_F(DispatcherTest, AFaultRestartsFromTheCheckpointUntilNoRestartIsLeft) {

@@ -138,6 +138,35 @@ TEST_F(ServerOptionsTest, EveryMistakeOfTheFileWithItsLine) {
   ASSERT_OK(Parse({}, ""));
 }
 
+TEST_F(ServerOptionsTest, TheQueueIsSetUpInTheFile) {
+  ASSERT_OK(Parse({},
+                  "data_dir: d\npreemption: true\nstarvation_minutes: 5\n"
+                  "nodes: [{name: box, slots: 6, labels: {rack: r1}}]\n"
+                  "quotas: {users: {alice: 4, '*': 2}, labels: {team=red: 3}}\n"));
+  ASSERT_OK(Complete());
+  EXPECT_TRUE(options_.preemption);
+  EXPECT_EQ(options_.starvation_minutes, 5);
+  EXPECT_EQ(options_.slots, 6);
+  EXPECT_EQ(options_.nodes[0].name, "box");
+  EXPECT_EQ(options_.nodes[0].labels.at("rack"), "r1");
+  EXPECT_EQ(options_.user_quotas.at("*"), 2);
+  EXPECT_EQ(options_.label_quotas.at("team=red"), 3);
+  for (const auto& [config, part] :
+       std::map<std::string, std::string>{{"nodes: box\n", "nodes: must be a list"},
+                                          {"nodes: [box]\n", "nodes: must be a list"},
+                                          {"nodes: [{name: box}]\n", "each needs a name and 1 to"},
+                                          {"nodes: [{name: box, slots: some}]\n", "wrong type"},
+                                          {"nodes: [{name: box, slots: 2, gpus: 1}]\n", "unknown key 'gpus'"},
+                                          {"nodes: [{name: a, slots: 2}, {name: a, slots: 2}]\n", "'a' is there twice"},
+                                          {"quotas: 4\n", "quotas: must be as"},
+                                          {"quotas: {groups: {a: 1}}\n", "unknown key 'groups'"},
+                                          {"quotas: {users: {a: -1}}\n", "'a' must be 0 slots or more"},
+                                          {"quotas: {labels: {red: 1}}\n", "'red' must be a label and its value"}}) {
+    options_ = {};
+    EXPECT_THAT(std::string(Parse({}, config).message()), HasSubstr(part)) << config;
+  }
+}
+
 TEST_F(ServerOptionsTest, WhatCannotWorkIsRefusedBeforeTheStart) {
   const auto refused = [&](ServerOptions options, const char* part) {
     options_ = options;
@@ -151,6 +180,8 @@ TEST_F(ServerOptionsTest, WhatCannotWorkIsRefusedBeforeTheStart) {
   refused({.data_dir = "d", .slots = -1}, "--slots is -1");
   refused({.data_dir = "d", .worker = "/no/such/worker"}, "the trainer /no/such/worker is not there");
   refused({.data_dir = "d", .stop_grace_s = -3}, "--stop-grace-s must be 0");
+  refused({.data_dir = "d", .slots = 4, .nodes = {{.name = "a", .slots = 2}}}, "--slots is 4, but nodes gives 2 to a");
+  refused({.data_dir = "d", .nodes = {{.name = "a", .slots = 2}, {.name = "b", .slots = 2}}}, "nodes names 2 machines");
   options_ = {.data_dir = "d", .listen = "0.0.0.0:7077", .insecure = true};
   ASSERT_OK(Complete());
   EXPECT_GE(options_.slots, 1);

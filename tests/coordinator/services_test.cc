@@ -566,6 +566,30 @@ TEST_F(ServicesTest, ServerInfo) {
   EXPECT_EQ(response.slots_free(), 1);
 }
 
+TEST_F(ServicesTest, PriorityAndNodes) {
+  const std::string id = MustSubmit(JobYaml(3)).id();
+  v1::SetPriorityRequest request;
+  request.set_job_id(id.substr(0, 6));
+  request.set_priority(-7);
+  v1::SetPriorityResponse response;
+  const auto set = [&] {
+    grpc::ClientContext context;
+    return stub_->SetPriority(&context, request, &response);
+  };
+  ASSERT_TRUE(set().ok());
+  EXPECT_EQ(response.job().id(), id);
+  EXPECT_EQ(response.job().priority(), -7);
+  request.set_job_id("nobody");
+  EXPECT_EQ(set().error_code(), grpc::StatusCode::NOT_FOUND);
+  grpc::ClientContext context;
+  v1::ListNodesResponse nodes;
+  ASSERT_TRUE(stub_->ListNodes(&context, v1::ListNodesRequest(), &nodes).ok());
+  ASSERT_EQ(nodes.nodes_size(), 1);
+  EXPECT_EQ(nodes.nodes(0).slots(), 4);
+  EXPECT_EQ(nodes.nodes(0).slots_taken(), 3);
+  EXPECT_EQ(nodes.nodes(0).jobs(0).job_id(), id);
+}
+
 TEST_F(ServicesTest, AStoppedControllerRefuses) {
   controller_->Stop();
   v1::SubmitJobResponse response;

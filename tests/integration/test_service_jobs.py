@@ -198,8 +198,8 @@ def test_the_queue_goes_by_priority_then_age_over_the_slots(workspace, coordinat
     wide = coordinator.submit(slow_job(workspace, "wide", steps=2, ranks=2, priority=5))
     waiting = coordinator.wait_for(wide, "its place", lambda job: "0 of 2 slots free" in job["reason"])
     assert waiting["state"] == "QUEUED" and "needs 2" in waiting["reason"]
-    coordinator.wait_for(older, "its place", lambda job: "1 job ahead" in job["reason"])
-    coordinator.wait_for(younger, "its place", lambda job: "2 jobs ahead" in job["reason"])
+    coordinator.wait_for(older, "its place", lambda job: f"2nd of 3 in the queue, behind {wide}" in job["reason"])
+    coordinator.wait_for(younger, "its place", lambda job: f"3rd of 3 in the queue, behind {wide} and 1 more" in job["reason"])
     values = coordinator.exposition()
     assert values["simpo_coordinator_jobs", frozenset({("state", "RUNNING")})] == 2
     assert values["simpo_coordinator_jobs", frozenset({("state", "QUEUED")})] == 3

@@ -42,6 +42,27 @@ TEST(JobText, TableOfAJobThatHasDoneNothing) {
   EXPECT_THAT(JobTable({job}, {}), HasSubstr("x         QUEUED  -     -     -       0      0.0s"));
 }
 
+TEST(JobText, Nodes) {
+  v1::NodeState node;
+  node.set_name("box");
+  node.set_slots(8);
+  node.set_slots_taken(3);
+  node.set_up(true);
+  (*node.mutable_labels())["rack"] = "r1";
+  v1::JobSlots& job = *node.add_jobs();
+  job.set_job_id("ab12cd");
+  job.set_slots(3);
+  v1::NodeState lost;
+  lost.set_name("lost");
+  lost.set_slots(8);
+  EXPECT_EQ(NodeTable({node, lost}),
+            "NODE  STATE  SLOTS  TAKEN  LABELS   JOBS\n"
+            "box   up     8      3      rack=r1  ab12cd (3)\n"
+            "lost  down   8      0      -        -\n");
+  EXPECT_EQ(NodesToJson({node}).dump(), R"([{"name":"box","up":true,"slots":8,"slots_taken":3,"labels":{"rack":"r1"},)"
+                                        R"("jobs":[{"job_id":"ab12cd","slots":3}]}])");
+}
+
 TEST(JobText, DescribeTellsAll) {
   const std::string text = DescribeText(Described(RunningJob()), "simpoctl --address h:1", "127.0.0.1:7078");
   for (const char* part :
