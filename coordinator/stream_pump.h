@@ -1,8 +1,10 @@
 #ifndef SIMPO_COORDINATOR_STREAM_PUMP_H_
 #define SIMPO_COORDINATOR_STREAM_PUMP_H_
 
+#include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -59,7 +61,10 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
  public:
   explicit FedStream(StreamPump& pump) : pump_(pump) {}
 
-  void Begin() {
+  // `place` is given back when the stream is over.
+  void Begin(grpc::CallbackServerContext* context, std::shared_ptr<void> place) {
+    context_ = context;
+    place_ = std::move(place);
     self_ = this->shared_from_this();
     pump_.Add(self_);
   }
@@ -67,7 +72,11 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
   bool Pump(bool stop) final {
     {
       const std::lock_guard lock(mutex_);
-      if (writing_) return true;
+      if (writing_) {
+        // A client that does not read must not hold its place for ever. It comes back with its cursor.
+        if (std::chrono::steady_clock::now() - write_begin_ > kLongestWrite) context_->TryCancel();
+        return true;
+      }
       if (broken_) return End(absl::CancelledError("the client has gone"));
       if (stop) return End(absl::UnavailableError("the coordinator is stopping; ask again when it is back"));
     }
@@ -77,6 +86,7 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
     const std::lock_guard lock(mutex_);
     if (any) {
       writing_ = true;
+      write_begin_ = std::chrono::steady_clock::now();
       this->StartWrite(&response_);
       return true;
     }
@@ -111,12 +121,17 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
     return false;
   }
 
+  static constexpr std::chrono::seconds kLongestWrite{60};
+
   StreamPump& pump_;
+  grpc::CallbackServerContext* context_ = nullptr;
+  std::shared_ptr<void> place_;
   Response response_;
   std::shared_ptr<FedStream> self_;
   std::mutex mutex_;
   bool writing_ = false;  // guarded by mutex_; response_ is on its way
   bool broken_ = false;   // guarded by mutex_
+  std::chrono::steady_clock::time_point write_begin_;  // guarded by mutex_; of the write on its way
 };
 
 }  // namespace simpo

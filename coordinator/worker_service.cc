@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/rpc_errors.h"
+#include "coordinator/tokens.h"
 
 namespace simpo {
 namespace {
@@ -59,7 +60,9 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
     const std::lock_guard lock(mutex_);
     if (end_) return;
     // A rank that takes nothing is dropped; it hears everything anew when it is back.
-    if (responses_.size() >= kMaxWaitingResponses) end_ = grpc::Status(grpc::StatusCode::UNAVAILABLE, "too slow");
+    if (responses_.size() >= kMaxWaitingResponses) {
+      end_ = ToGrpcStatus(absl::UnavailableError("this rank does not read what it is sent; connect again"));
+    }
     if (!end_) responses_.push_back(std::move(response));
     Write();
   }
@@ -107,7 +110,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   // The first message says who it is.
   void Greet() {
     if (!request_.has_hello()) {
-      return End(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"));
+      return Close(absl::InvalidArgumentError("the first message must be hello"));
     }
     const v1::Hello& hello = request_.hello();
     if (absl::Status status = CheckCaller(views_, hello, secret_); !status.ok()) return Close(status);
@@ -222,13 +225,6 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
 };
 
 }  // namespace
-
-bool SecretsEqual(std::string_view a, std::string_view b) {
-  if (a.size() != b.size()) return false;
-  unsigned char difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
-  return difference == 0;
-}
 
 grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::Attach(
     grpc::CallbackServerContext* context) {

@@ -1,17 +1,12 @@
 #ifndef SIMPO_COORDINATOR_WORKER_SERVICE_H_
 #define SIMPO_COORDINATOR_WORKER_SERVICE_H_
 
-#include <string_view>
-
 #include "coordinator/controller.h"
 #include "coordinator/job_views.h"
 #include "coordinator/rendezvous.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 
 namespace simpo {
-
-// Whether two secrets are equal, in a time that tells nothing of where they differ.
-bool SecretsEqual(std::string_view a, std::string_view b);
 
 // The ranks' RPCs: checks who is there and passes on what is said.
 class WorkerService final : public v1::WorkerService::CallbackService {
