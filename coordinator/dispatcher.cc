@@ -310,8 +310,10 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   record.gang->launched = true;
   if (record.job.state() != v1::JOB_STATE_LAUNCHING) return;  // cancelled meanwhile; the next look finds no gang
   const v1::Job& job = record.job;
-  // A link may lead elsewhere by now. Another attempt would find the same.
-  if (const std::vector<FieldViolation> violations = options_.roots.Check(record.config); !violations.empty()) {
+  // A link may lead elsewhere by now. Another attempt would find the same. A gang that an earlier coordinator started
+  // was looked at then.
+  const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
+  if (!violations.empty() && launcher_->Poll(job.id(), job.attempt()).phase == GangStatus::Phase::kLost) {
     record.gang->error = FormatViolations(violations, "job.yaml");
     return EndAttempt(record, kBadJob, "", now);
   }

@@ -68,7 +68,8 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
                                   .mpirun = options_.mpirun,
                                   .log_dir = request.log_dir.string(),
                                   .output_dir = request.output_dir.string(),
-                                  .coordinator = options_.coordinator_address});
+                                  .coordinator = options_.coordinator_address,
+                                  .log_limit_bytes = options_.log_limit_bytes});
 }
 
 absl::Status MpirunLauncher::Start(const GangRequest& request) {

@@ -20,6 +20,7 @@ class MpirunLauncher final : public Launcher {
     std::string worker;
     std::string mpirun = "mpirun";
     std::string coordinator_address;  // HOST:PORT
+    int64_t log_limit_bytes = 0;      // of each log file of an attempt; 0: no limit
     std::string ca, tls_name;         // by which ranks check the coordinator (absolute path; name); empty: no TLS
   };
   explicit MpirunLauncher(Options options) : options_(std::move(options)) {}

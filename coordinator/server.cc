@@ -116,6 +116,7 @@ class ServerImpl final : public Server {
                                               .worker = options_.worker,
                                               .mpirun = options_.mpirun,
                                               .coordinator_address = grpc_address_,
+                                              .log_limit_bytes = int64_t{options_.log_limit_mb} << 20,
                                               .ca = options_.tls_ca,
                                               .tls_name = tls_name});
     controller_->Start(*launcher_);

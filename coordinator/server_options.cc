@@ -51,6 +51,7 @@ const Key kKeys[] = {
     {"stop_grace_s", &ServerOptions::stop_grace_s, "Seconds that a cancelled job has for its last checkpoint"},
     {"restart_pause_s", &ServerOptions::restart_pause_s, "Seconds before the first restart; doubles with each more"},
     {"restart_pause_max_s", &ServerOptions::restart_pause_max_s, "Longest pause before a restart, in seconds"},
+    {"log_limit_mb", &ServerOptions::log_limit_mb, "MiB after which a log file of a job begins anew; 0: no limit"},
     {"keep_ended_minutes", &ServerOptions::keep_ended_minutes, "Minutes that an ended job stays on /metrics"},
 };
 
@@ -197,6 +198,7 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
         absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
   if (options->slots == 0) options->slots = UsableCores();
+  if (options->log_limit_mb < 0) return absl::InvalidArgumentError("--log-limit-mb must be 1 or more, or 0 for none");
   for (const Key& key : kKeys) {
     const auto* field = std::get_if<double ServerOptions::*>(&key.field);
     if (field != nullptr && !(options->*(*field) >= 0 && options->*(*field) <= 1e9)) {

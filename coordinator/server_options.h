@@ -34,6 +34,7 @@ struct ServerOptions {
   double stop_grace_s = 120;        // for a checkpoint before a cancelled job is ended by force
   double restart_pause_s = 1;       // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
+  int log_limit_mb = 256;          // of each log file of an attempt; 0: no limit
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
   TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca}; }
   // Where `simpo-coordinator token` keeps the tokens.

@@ -31,7 +31,9 @@ class PumpedStream {
 // the controller nor gRPC's threads wait for a disk, and a slow client holds up nobody. Thread-safe.
 class StreamPump {
  public:
-  StreamPump() : thread_([this] { Run(); }) {}
+  // A client that takes nothing for `patience` loses its stream.
+  explicit StreamPump(std::chrono::milliseconds patience = std::chrono::minutes(1))
+      : patience_(patience), thread_([this] { Run(); }) {}
   // Every stream must be over by then.
   ~StreamPump();
 
@@ -40,10 +42,12 @@ class StreamPump {
   void Wake();
   // Ends all streams, and those that are added later.
   void Stop();
+  std::chrono::milliseconds patience() const { return patience_; }
 
  private:
   void Run();
 
+  const std::chrono::milliseconds patience_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::shared_ptr<PumpedStream>> streams_;  // guarded by mutex_
@@ -74,7 +78,7 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
       const std::lock_guard lock(mutex_);
       if (writing_) {
         // A client that does not read must not hold its place for ever. It comes back with its cursor.
-        if (std::chrono::steady_clock::now() - write_begin_ > kLongestWrite) context_->TryCancel();
+        if (std::chrono::steady_clock::now() - write_begin_ > pump_.patience()) context_->TryCancel();
         return true;
       }
       if (broken_) return End(absl::CancelledError("the client has gone"));
@@ -120,8 +124,6 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
     this->Finish(ToGrpcStatus(status));
     return false;
   }
-
-  static constexpr std::chrono::seconds kLongestWrite{60};
 
   StreamPump& pump_;
   grpc::CallbackServerContext* context_ = nullptr;

@@ -63,8 +63,10 @@ class UnaryCall {
   // For a call that another thread answers: it ends with DEADLINE_EXCEEDED when that takes too long. That thread then
   // asks Claim() before it touches the response.
   void LimitTime() const {
-    state_->alarm.Set(std::chrono::system_clock::now() + kLongestCall, [state = state_](bool rang) {
-      if (!rang || state->claimed.exchange(true)) return;
+    // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
+    state_->alarm.Set(std::chrono::system_clock::now() + kLongestCall, [weak = std::weak_ptr(state_)](bool rang) {
+      const std::shared_ptr<State> state = weak.lock();
+      if (!rang || !state || state->claimed.exchange(true)) return;
       UnaryCall(state).Answer(absl::DeadlineExceededError(
           "the coordinator has not stored this in time; ask again with the same request_id, or look whether it was"));
     });

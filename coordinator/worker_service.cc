@@ -50,8 +50,12 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   RankStream(Controller& controller, const JobViews& views, std::string secret)
       : controller_(controller), views_(views), secret_(std::move(secret)) {}
 
-  void Begin() {
+  void Begin(std::chrono::milliseconds hello_time) {
     self_ = shared_from_this();
+    hello_alarm_.Set(std::chrono::system_clock::now() + hello_time, [weak = weak_from_this()](bool rang) {
+      const std::shared_ptr<RankStream> stream = weak.lock();
+      if (rang && stream) stream->Close(absl::DeadlineExceededError("hello did not come in time"));
+    });
     const std::lock_guard lock(mutex_);
     Read();
   }
@@ -97,6 +101,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   void OnCancel() override { End(grpc::Status::CANCELLED); }
 
   void OnDone() override {
+    hello_alarm_.Cancel();
     const std::shared_ptr<RankStream> self = std::move(self_);
     bool leave = false;
     {
@@ -114,6 +119,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
     }
     const v1::Hello& hello = request_.hello();
     if (absl::Status status = CheckCaller(views_, hello, secret_); !status.ok()) return Close(status);
+    hello_alarm_.Cancel();
     id_ = {hello.job_id(), hello.attempt(), hello.rank()};
     controller_.Attach(hello, shared_from_this());
     const std::lock_guard lock(mutex_);
@@ -121,7 +127,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   }
 
   void LastRead() {
-    if (!id_) return End(grpc::Status::CANCELLED);
+    if (!id_) return Close(absl::CancelledError("the stream ended before hello"));
     {
       const std::lock_guard lock(mutex_);
       if (std::exchange(left_, true)) return;
@@ -168,6 +174,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   v1::AttachRequest request_;  // of the read in flight
   std::optional<RankId> id_;   // written once, before the controller knows of this stream
   std::shared_ptr<RankStream> self_;
+  grpc::Alarm hello_alarm_;
 
   std::mutex mutex_;
   std::deque<v1::AttachResponse> responses_;  // the first is in flight while writing_
@@ -189,8 +196,10 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
     self_ = shared_from_this();
     call_ = {.who = request.hello(), .id = this};
     const auto patience = std::chrono::milliseconds(std::clamp(request.timeout_ms(), 1, kMaxPatienceMs));
-    alarm_.Set(std::chrono::system_clock::now() + patience, [call = self_](bool rang) {
-      if (rang) call->rendezvous_.Expire(call->call_);
+    alarm_.Set(std::chrono::system_clock::now() + patience, [weak = weak_from_this()](bool rang) {
+      // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
+      const std::shared_ptr<RegisterCall> call = weak.lock();
+      if (rang && call) call->rendezvous_.Expire(call->call_);
     });
     rendezvous_.Arrive(call_, request.nccl_id(), [call = self_](absl::StatusOr<std::string> bytes) {
       if (bytes.ok()) call->response_->set_nccl_id(*std::move(bytes));
@@ -229,7 +238,7 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
 grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::Attach(
     grpc::CallbackServerContext* context) {
   const auto stream = std::make_shared<RankStream>(controller_, views_, SecretOf(*context));
-  stream->Begin();
+  stream->Begin(hello_time_);
   return stream.get();
 }
 

@@ -1,5 +1,6 @@
 #include "simpoctl/client.h"
 
+#include <arpa/inet.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
@@ -80,7 +81,9 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const Cli
 
 bool IsThisMachine(const std::string& address) {
   const std::string host = address.substr(0, address.rfind(':'));
-  return host == "localhost" || host == "[::1]" || host.starts_with("127.");
+  in_addr address_v4 = {};
+  const bool loopback = inet_pton(AF_INET, host.c_str(), &address_v4) == 1 && host.starts_with("127.");
+  return loopback || host == "localhost" || host == "[::1]";
 }
 
 bool MayPass(grpc::StatusCode code) {
@@ -96,11 +99,15 @@ std::string ShortCause(const std::string& message) {
 
 // What the words of a failed handshake mean.
 std::string TlsHint(const std::string& message) {
-  if (message.find("CERTIFICATE_VERIFY_FAILED") != std::string::npos) {
-    return ". Its certificate is not of the authority that --ca (SIMPO_CA) names";
+  const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
+  if (says("certificate verify failed")) {
+    return ". Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
   }
-  if (message.find("WRONG_VERSION_NUMBER") != std::string::npos) return ". It has no TLS: leave out --ca (SIMPO_CA)";
-  return "";
+  if (says("wrong version number")) return ". It has no TLS: leave out --ca (SIMPO_CA)";
+  if (says("Hostname Verification Check failed")) {
+    return ". Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
+  }
+  return says("Socket closed") ? ". If it has TLS, name its authority with --ca (SIMPO_CA)" : "";
 }
 
 // One call, asked up to `tries` times while the coordinator does not answer.

@@ -1,6 +1,10 @@
 // simpoctl: the command line of the SimPO training service. Data goes to standard output, everything
 // else to standard error.
+#include <grpc/support/log.h>
+
+#include <cstdlib>
 #include <exception>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -104,6 +108,8 @@ int Main(int argc, char** argv) {
 }  // namespace simpo
 
 int main(int argc, char** argv) {
+  // gRPC's own log would repeat what our messages say.
+  if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
   try {
     return simpo::Main(argc, argv);
   } catch (const std::exception& error) {
