@@ -23,7 +23,8 @@ void to_json(nlohmann::json& json, const AttemptSpec& spec) {
           {"mpirun", spec.mpirun},
           {"log_dir", spec.log_dir},
           {"output_dir", spec.output_dir},
-          {"coordinator", spec.coordinator}};
+          {"coordinator", spec.coordinator},
+          {"log_limit_bytes", spec.log_limit_bytes}};
 }
 
 // Reads a file that this program wrote; anything else in it is an error, not an exception.
@@ -56,7 +57,8 @@ absl::StatusOr<AttemptSpec> ReadAttemptSpec(const AttemptFiles& files) {
                        .mpirun = json.at("mpirun"),
                        .log_dir = json.at("log_dir"),
                        .output_dir = json.at("output_dir"),
-                       .coordinator = json.at("coordinator")};
+                       .coordinator = json.at("coordinator"),
+                       .log_limit_bytes = json.value("log_limit_bytes", int64_t{0})};
   });
 }
 

@@ -39,6 +39,7 @@ struct AttemptSpec {
   std::string log_dir;      // absolute
   std::string output_dir;   // absolute
   std::string coordinator;  // HOST:PORT
+  int64_t log_limit_bytes = 0;  // of each log file; 0: no limit
 };
 
 // How an attempt ended.

@@ -18,6 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int kEventsOfAJob = 200;        // that are looked through at the start
+constexpr int kBadJob = 2;                // the exit code of what is not tried again
 constexpr int64_t kRecentMs = 3'600'000;  // ended jobs that may still be on the metrics page
 constexpr int kMaxPriority = 1'000'000;
 constexpr int kDefaultNodes = 100, kMaxNodes = 1'000;  // of one page
@@ -455,6 +456,13 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   record.gang->launched = true;
   if (record.job.state() != v1::JOB_STATE_LAUNCHING) return;  // cancelled meanwhile; the next look finds no gang
   const v1::Job& job = record.job;
+  // A link may lead elsewhere by now. Another attempt would find the same. A gang that an earlier coordinator started
+  // was looked at then.
+  const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
+  if (!violations.empty() && launcher_->Poll(job.id(), job.attempt()).phase == GangStatus::Phase::kLost) {
+    record.gang->error = FormatViolations(violations, "job.yaml");
+    return EndAttempt(record, kBadJob, "", now);
+  }
   // An earlier attempt whose ranks had begun has claimed the folder; what lies there is this job's.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
   absl::Status status = launcher_->Start({.job_id = job.id(),

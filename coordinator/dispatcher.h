@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/allowed_roots.h"
 #include "coordinator/database.h"
 #include "coordinator/histogram.h"
 #include "coordinator/job_record.h"
@@ -42,6 +43,7 @@ class Dispatcher {
     int slots_total = 1;                // of this machine, where `queue` names no nodes
     Scheduler::Options queue;           // how slots are shared out
     std::filesystem::path outputs_dir;  // absolute; of jobs without an absolute output_dir
+    AllowedRoots roots;                 // for the paths of jobs; looked at again before each attempt
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
     std::chrono::milliseconds first_pause{1'000};         // before the second attempt; doubles with each further one

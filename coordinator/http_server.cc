@@ -12,7 +12,7 @@
 namespace simpo {
 namespace {
 
-constexpr int kThreads = 8;
+constexpr int kThreads = 16;
 constexpr int kTimeoutSeconds = 5;
 constexpr int kKeepAliveSeconds = 2;  // an idle client holds one of the threads
 constexpr char kMetricsType[] = "text/plain; version=0.0.4; charset=utf-8";
@@ -34,55 +34,68 @@ std::string Page(const std::string& title) {
   return page;
 }
 
+std::unique_ptr<httplib::Server> MakeServer(const TlsConfig& tls) {
+  if (!tls.on()) return std::make_unique<httplib::Server>();
+  return std::make_unique<httplib::SSLServer>([&tls](SSL_CTX& context) { return UseTls(tls, &context); });
+}
+
 class Server final : public HttpServer {
  public:
-  explicit Server(Options options) : options_(std::move(options)) {
-    server_.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
-    server_.set_read_timeout(kTimeoutSeconds);
-    server_.set_write_timeout(kTimeoutSeconds);
-    server_.set_keep_alive_timeout(kKeepAliveSeconds);
-    server_.set_payload_max_length(1024);
+  explicit Server(Options options) : options_(std::move(options)), server_(MakeServer(options_.tls)) {
+    server_->new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
+    server_->set_read_timeout(kTimeoutSeconds);
+    server_->set_write_timeout(kTimeoutSeconds);
+    server_->set_keep_alive_timeout(kKeepAliveSeconds);
+    server_->set_payload_max_length(1024);
     // The library's default shares the port with whoever asks for it.
-    server_.set_socket_options([](socket_t socket) {
+    server_->set_socket_options([](socket_t socket) {
       const int yes = 1;
       setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
     });
-    server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
+    server_->Get("/metrics", [this](const httplib::Request& request, httplib::Response& response) {
+      const absl::Status status = options_.admit ? options_.admit(request.get_header_value("Authorization"),
+                                                                  request.remote_addr)
+                                                 : absl::OkStatus();
+      if (!status.ok()) {
+        response.status = absl::IsUnauthenticated(status) ? 401 : 403;
+        if (response.status == 401) response.set_header("WWW-Authenticate", "Bearer");
+        response.set_content(std::string(status.message()) + "\n", "text/plain; charset=utf-8");
+        return;
+      }
       response.set_content(prometheus::TextSerializer().Serialize(options_.source->Collect()), kMetricsType);
     });
-    server_.Get("/healthz", [this](const httplib::Request&, httplib::Response& response) {
-      const bool healthy = options_.healthy();
-      response.status = healthy ? 200 : 503;
-      response.set_content(healthy ? "ok\n" : "the database cannot be written; see the coordinator's log\n",
-                           "text/plain; charset=utf-8");
+    server_->Get("/healthz", [this](const httplib::Request&, httplib::Response& response) {
+      const std::string problem = options_.problem();
+      response.status = problem.empty() ? 200 : 503;
+      response.set_content(problem.empty() ? "ok\n" : problem + "\n", "text/plain; charset=utf-8");
     });
-    server_.Get("/", [this](const httplib::Request&, httplib::Response& response) {
+    server_->Get("/", [this](const httplib::Request&, httplib::Response& response) {
       response.set_content(Page(options_.title), "text/html; charset=utf-8");
     });
   }
   ~Server() override {
-    server_.stop();
+    server_->stop();
     if (thread_.joinable()) thread_.join();
   }
 
   bool Bind() {
     if (options_.port == 0) {
-      port_ = server_.bind_to_any_port(options_.host);
+      port_ = server_->bind_to_any_port(options_.host);
       return port_ > 0;
     }
     port_ = options_.port;
-    return server_.bind_to_port(options_.host, options_.port);
+    return server_->bind_to_port(options_.host, options_.port);
   }
   void Listen() {
-    thread_ = std::thread([this] { server_.listen_after_bind(); });
+    thread_ = std::thread([this] { server_->listen_after_bind(); });
     // stop() has no effect on a server that is not running yet.
-    while (!server_.is_running()) std::this_thread::yield();
+    while (!server_->is_running()) std::this_thread::yield();
   }
   int port() const override { return port_; }
 
  private:
   const Options options_;
-  httplib::Server server_;
+  std::unique_ptr<httplib::Server> server_;
   int port_ = 0;
   std::thread thread_;
 };

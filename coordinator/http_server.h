@@ -7,7 +7,9 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/tls.h"
 
 namespace simpo {
 
@@ -19,7 +21,10 @@ class HttpServer {
     int port = 0;                           // 0: any free one
     std::string title;                      // of the page /
     const prometheus::Collectable* source;  // of /metrics; outlives the server
-    std::function<bool()> healthy;          // for /healthz
+    std::function<std::string()> problem;   // for /healthz; empty: all is well
+    TlsConfig tls;                          // off: plain HTTP
+    // Whether a caller with this Authorization header, from this address, may see /metrics. Empty: anybody.
+    std::function<absl::Status(const std::string& authorization, const std::string& peer)> admit;
   };
   // UNAVAILABLE names the address and why it cannot be had.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(Options options);

@@ -42,6 +42,12 @@ AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const
   return {options_.attempts_dir / job_id / absl::StrCat(attempt)};
 }
 
+std::string MpirunLauncher::AddressText() const {
+  std::string text = options_.coordinator_address + "\n";
+  if (!options_.ca.empty()) absl::StrAppend(&text, options_.ca, "\n", options_.tls_name, "\n");
+  return text;
+}
+
 absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangRequest& request) const {
   SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
   SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read | fs::perms::group_exec |
@@ -50,7 +56,7 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
     SIMPO_ASSIGN_OR_RETURN(const std::string secret, NewSecret());
     SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Secret(), secret + "\n", 0600));
   }
-  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Address(), options_.coordinator_address + "\n"));
+  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Address(), AddressText()));
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Job(), request.job_yaml));
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(request.output_dir / "job.yaml", request.job_yaml));  // for the user
   return WriteAttemptSpec(files, {.job_id = request.job_id,
@@ -62,7 +68,8 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
                                   .mpirun = options_.mpirun,
                                   .log_dir = request.log_dir.string(),
                                   .output_dir = request.output_dir.string(),
-                                  .coordinator = options_.coordinator_address});
+                                  .coordinator = options_.coordinator_address,
+                                  .log_limit_bytes = options_.log_limit_bytes});
 }
 
 absl::Status MpirunLauncher::Start(const GangRequest& request) {
@@ -130,7 +137,7 @@ absl::StatusOr<std::string> MpirunLauncher::ReadSecret(const std::string& job_id
 }
 
 absl::Status MpirunLauncher::PublishAddress(const std::string& job_id, int attempt) {
-  return WriteFileAtomically(Files(job_id, attempt).Address(), options_.coordinator_address + "\n");
+  return WriteFileAtomically(Files(job_id, attempt).Address(), AddressText());
 }
 
 }  // namespace simpo

@@ -20,6 +20,8 @@ class MpirunLauncher final : public Launcher {
     std::string worker;
     std::string mpirun = "mpirun";
     std::string coordinator_address;  // HOST:PORT
+    int64_t log_limit_bytes = 0;      // of each log file of an attempt; 0: no limit
+    std::string ca, tls_name;         // by which ranks check the coordinator (absolute path; name); empty: no TLS
   };
   explicit MpirunLauncher(Options options) : options_(std::move(options)) {}
 
@@ -31,6 +33,8 @@ class MpirunLauncher final : public Launcher {
   absl::Status PublishAddress(const std::string& job_id, int attempt) override;
 
  private:
+  // What ranks read before they connect: address, authority and name, a line each.
+  std::string AddressText() const;
   AttemptFiles Files(const std::string& job_id, int attempt) const;
   absl::Status WriteFiles(const AttemptFiles& files, const GangRequest& request) const;
   // Whether the supervisor of this attempt is a child of ours that still runs. Reaps it.

@@ -1,5 +1,6 @@
 #include "coordinator/listen_address.h"
 
+#include <arpa/inet.h>
 #include <netdb.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -20,7 +21,9 @@ std::string ListenAddress::ToString() const {
 }
 
 bool ListenAddress::IsLoopback() const {
-  return host == "localhost" || host == "::1" || absl::StartsWith(host, "127.");
+  in_addr address = {};  // a name may begin with 127. too
+  const bool loopback = inet_pton(AF_INET, host.c_str(), &address) == 1 && absl::StartsWith(host, "127.");
+  return loopback || host == "localhost" || host == "::1";
 }
 
 std::string ListenAddress::Reachable(int actual_port) const {

@@ -41,6 +41,8 @@ int64_t TailOffset(const std::filesystem::path& path, int64_t lines) {
 std::optional<std::string> ReadLines(const std::filesystem::path& path, bool complete, int64_t* offset) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return std::nullopt;
+  file.seekg(0, std::ios::end);
+  if (file.tellg() < *offset) *offset = 0;  // it was cut, and begins anew
   std::string text = ReadChunk(file, *offset, kChunkBytes);
   const size_t last_break = text.rfind('\n');
   const bool full = static_cast<int64_t>(text.size()) == kChunkBytes;

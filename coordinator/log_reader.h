@@ -13,7 +13,7 @@ int64_t TailOffset(const std::filesystem::path& path, int64_t lines);
 
 // Whole lines from `*offset`, at most about 64 KiB, and moves the offset past them. `complete`: the file
 // grows no more, so a last line without its end is taken too. A longer line comes in pieces. Empty text:
-// nothing more is there yet. No value: the file does not exist.
+// nothing more is there yet. A file that has become shorter is read from its start. No value: the file does not exist.
 std::optional<std::string> ReadLines(const std::filesystem::path& path, bool complete, int64_t* offset);
 
 }  // namespace simpo

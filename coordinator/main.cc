@@ -1,6 +1,7 @@
 // simpo-coordinator: takes training jobs and sees them through.
 //
 //   simpo-coordinator --data-dir DIR [--config coordinator.yaml] [flags]
+//   simpo-coordinator token create|list|revoke --data-dir DIR
 //   simpo-coordinator supervise --attempt-dir DIR      what it starts for each attempt of a job
 #include <grpc/support/log.h>
 #include <signal.h>
@@ -9,6 +10,8 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -18,6 +21,7 @@
 #include "coordinator/server.h"
 #include "coordinator/server_options.h"
 #include "coordinator/supervisor.h"
+#include "coordinator/token_command.h"
 
 namespace simpo {
 namespace {
@@ -73,6 +77,8 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", "simpo-coordinator " SIMPO_VERSION);
   CLI::App* supervise = app.add_subcommand("supervise", "Run one attempt of a job; the coordinator starts it");
   supervise->add_option("--attempt-dir", attempt_dir, "The attempt's folder")->required();
+  std::function<absl::Status(const std::filesystem::path&)> run_token_command;
+  AddTokenCommands(app, &run_token_command);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -83,6 +89,11 @@ int Main(int argc, char** argv) {
   if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
   if (!config.empty()) {
     if (absl::Status status = ReadServerConfig(app, config, &options); !status.ok()) return Fail(status);
+  }
+  if (run_token_command) {
+    if (absl::Status status = MakeDataDir(options.data_dir); !status.ok()) return Fail(status);
+    const absl::Status status = run_token_command(options.TokenFile());
+    return status.ok() ? 0 : Fail(status);
   }
   if (absl::Status status = CompleteServerOptions(&options); !status.ok()) return Fail(status);
   return Serve(options);

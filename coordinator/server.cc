@@ -15,12 +15,15 @@
 #include "common/host_name.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "coordinator/audit_log.h"
 #include "coordinator/controller.h"
 #include "coordinator/exposition.h"
 #include "coordinator/file_lock.h"
+#include "coordinator/guard.h"
 #include "coordinator/http_server.h"
 #include "coordinator/launcher_mpirun.h"
 #include "coordinator/listen_address.h"
+#include "coordinator/tls.h"
 #include "coordinator/training_service.h"
 #include "coordinator/worker_service.h"
 
@@ -32,9 +35,29 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kShutdownGrace{2'000};  // for calls that are under way
 
+// What one client may take of the server.
+constexpr int kMaxMessageBytes = 2 << 20;  // a job file has 1 MiB at most
+constexpr int kMaxMetadataBytes = 16 << 10;
+constexpr int kMaxStreamsOfAConnection = 256;
+constexpr int kMaxStreamsOfAUser = 200;
+constexpr int kHandshakeMs = 10'000;
+constexpr int kIdleConnectionMs = 600'000;
+// A connection whose other end is gone is noticed within the sum of both; clients may ask as often.
+constexpr int kKeepaliveMs = 60'000;
+constexpr int kKeepaliveTimeoutMs = 20'000;
+constexpr int kLeastPingMs = 10'000;
+
 milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1000)); }
 
-Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
+Guard::Options GuardOptions(const ServerOptions& options, AuditLog* audit) {
+  return {.token_file = options.TokenFile(),
+          .client_certificates = !options.tls_client_ca.empty(),
+          .calls_per_second = options.calls_per_second,
+          .streams_per_user = kMaxStreamsOfAUser,
+          .audit = audit};
+}
+
+Dispatcher::Options DispatcherOptions(const ServerOptions& options, const AllowedRoots& roots) {
   Dispatcher::Options result;
   result.slots_total = options.slots;
   result.queue = {.nodes = options.nodes,
@@ -43,6 +66,7 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
                   .preemption = options.preemption,
                   .starvation_ms = static_cast<int64_t>(options.starvation_minutes * 60'000)};
   result.outputs_dir = fs::path(options.data_dir) / "outputs";
+  result.roots = roots;
   result.liveness.attach = Milliseconds(options.attach_timeout_s);
   result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);
   result.heartbeat_interval = std::min(result.heartbeat_interval, result.liveness.heartbeat / 4);
@@ -50,15 +74,6 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
   result.longest_pause = Milliseconds(options.restart_pause_max_s);
   result.stop_grace = Milliseconds(options.stop_grace_s);
   return result;
-}
-
-absl::Status MakeDataDir(const fs::path& dir) {
-  std::error_code error;
-  fs::create_directories(dir, error);
-  if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
-  return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
-                                                  error ? error.message() : "no permission to write there",
-                                                  "; choose another one with --data-dir"));
 }
 
 absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
@@ -70,7 +85,12 @@ absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
 
 class ServerImpl final : public Server {
  public:
-  ServerImpl(const ServerOptions& options, FileLock lock) : options_(options), lock_(std::move(lock)) {}
+  ServerImpl(const ServerOptions& options, FileLock lock)
+      : options_(options),
+        lock_(std::move(lock)),
+        audit_(fs::path(options_.data_dir) / "audit.jsonl"),
+        guard_(GuardOptions(options_, &audit_)),
+        roots_(fs::path(options_.data_dir) / "outputs", options_.allowed_roots, [this] { return guard_.asks(); }) {}
   ~ServerImpl() override { Shutdown(); }
 
   absl::Status Begin(const std::string& version, std::function<void(const absl::Status&)> on_failure) {
@@ -80,7 +100,7 @@ class ServerImpl final : public Server {
               .hostname = HostName(),
               .slots_total = options_.slots};
     SIMPO_RETURN_IF_ERROR(OpenStores());
-    dispatcher_.emplace(DispatcherOptions(options_), *database_, *jobs_, *metrics_, views_);
+    dispatcher_.emplace(DispatcherOptions(options_, roots_), *database_, *jobs_, *metrics_, views_);
     views_.SetListener([this] { pump_->Wake(); });
     pump_.emplace();
     // Jobs are there before anybody can ask for them.
@@ -91,11 +111,19 @@ class ServerImpl final : public Server {
     });
     SIMPO_RETURN_IF_ERROR(StartHttp());
     SIMPO_RETURN_IF_ERROR(StartGrpc());
+    std::string tls_name;
+    if (options_.Tls().on()) {
+      const ListenAddress address = *ParseListenAddress("grpc", grpc_address_);
+      SIMPO_ASSIGN_OR_RETURN(tls_name, NameToCheck(options_.tls_cert, address.host));
+    }
     launcher_.emplace(MpirunLauncher::Options{.attempts_dir = fs::path(options_.data_dir) / "attempts",
                                               .supervisor = options_.program,
                                               .worker = options_.worker,
                                               .mpirun = options_.mpirun,
-                                              .coordinator_address = grpc_address_});
+                                              .coordinator_address = grpc_address_,
+                                              .log_limit_bytes = int64_t{options_.log_limit_mb} << 20,
+                                              .ca = options_.tls_ca,
+                                              .tls_name = tls_name});
     controller_->Start(*launcher_);
     return absl::OkStatus();
   }
@@ -121,15 +149,33 @@ class ServerImpl final : public Server {
             .version = facts_.version};
   }
 
+  std::string Problem() const {
+    if (draining_) return "the coordinator is stopping";
+    return healthy_ ? "" : "the database cannot be written; see the coordinator's log";
+  }
+
+  // TLS itself has checked a client's certificate, where they are asked for.
+  std::function<absl::Status(const std::string&, const std::string&)> HttpAdmission() {
+    return [this](const std::string& authorization, const std::string& peer) {
+      return guard_
+          .Admit("http/metrics",
+                 {.authorization = authorization, .certificate = !options_.tls_client_ca.empty(), .peer = peer}, "")
+          .status();
+    };
+  }
+
   absl::Status StartHttp() {
     SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress("--http", options_.http));
     SIMPO_RETURN_IF_ERROR(CheckCanListen(address, "--http"));
     collectable_.emplace([this] { return TakeSnapshot(); });
+    const bool open = !address.IsLoopback();
     SIMPO_ASSIGN_OR_RETURN(http_, HttpServer::Start({.host = address.host,
                                                      .port = address.port,
                                                      .title = absl::StrCat("simpo-coordinator ", facts_.version),
                                                      .source = &*collectable_,
-                                                     .healthy = [this] { return healthy_.load(); }}));
+                                                     .problem = [this] { return Problem(); },
+                                                     .tls = open ? options_.Tls() : TlsConfig(),
+                                                     .admit = open ? HttpAdmission() : nullptr}));
     facts_.http_address = address.Reachable(http_->port());
     return absl::OkStatus();
   }
@@ -143,7 +189,9 @@ class ServerImpl final : public Server {
                                              .metrics = *metrics_,
                                              .pump = *pump_,
                                              .rpc_stats = rpc_stats_,
-                                             .facts = facts_});
+                                             .facts = facts_,
+                                             .guard = guard_,
+                                             .roots = roots_});
     workers_.emplace(*controller_, views_);
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -151,7 +199,19 @@ class ServerImpl final : public Server {
     grpc::ServerBuilder builder;
     // Two servers would otherwise share the port in silence.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    builder.AddListeningPort(address.ToString(), grpc::InsecureServerCredentials(), &port);
+    builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+    for (const auto& [argument, value] :
+         {std::pair(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes),
+          std::pair(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreamsOfAConnection),
+          std::pair(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeMs),
+          std::pair(GRPC_ARG_MAX_CONNECTION_IDLE_MS, kIdleConnectionMs),
+          std::pair(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs),
+          std::pair(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs),
+          std::pair(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
+          std::pair(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kLeastPingMs)}) {
+      builder.AddChannelArgument(argument, value);
+    }
+    builder.AddListeningPort(address.ToString(), MakeServerCredentials(options_.Tls()), &port);
     builder.RegisterService(&*training_);
     builder.RegisterService(&*workers_);
     grpc_ = builder.BuildAndStart();
@@ -160,17 +220,20 @@ class ServerImpl final : public Server {
                                                  "; choose another address with --listen (port 0: any free one)"));
     }
     grpc_address_ = address.Reachable(port);
+    grpc::HealthCheckServiceInterface& health = *grpc_->GetHealthCheckService();
+    for (const char* service : {v1::TrainingService::service_full_name(), v1::WorkerService::service_full_name()}) {
+      health.SetServingStatus(service, true);
+    }
     return absl::OkStatus();
   }
 
   // Users and ranks first, so that what they have said is still taken; then the controller.
   void Shutdown() {
-    http_.reset();
+    draining_ = true;
+    if (grpc_) grpc_->GetHealthCheckService()->Shutdown();
     if (pump_) pump_->Stop();
-    if (grpc_) {
-      if (auto* health = grpc_->GetHealthCheckService()) health->Shutdown();
-      grpc_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
-    }
+    if (grpc_) grpc_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+    http_.reset();
     if (controller_) controller_->Stop();
     grpc_.reset();
   }
@@ -180,6 +243,10 @@ class ServerImpl final : public Server {
   const FileLock lock_;
   ServerFacts facts_;
   std::atomic<bool> healthy_ = true;
+  std::atomic<bool> draining_ = false;
+  AuditLog audit_;
+  Guard guard_;
+  const AllowedRoots roots_;
   std::unique_ptr<Database> database_;
   std::unique_ptr<JobStore> jobs_;
   std::unique_ptr<MetricStore> metrics_;

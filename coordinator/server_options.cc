@@ -29,7 +29,8 @@ constexpr int kMaxSlots = 65536;
 
 struct Key {
   const char* name;  // in the config file; the flag has - for _
-  std::variant<std::string ServerOptions::*, int ServerOptions::*, double ServerOptions::*, bool ServerOptions::*>
+  std::variant<std::string ServerOptions::*, int ServerOptions::*, double ServerOptions::*, bool ServerOptions::*,
+               std::vector<std::string> ServerOptions::*>
       field;
   const char* help;
 };
@@ -42,11 +43,18 @@ const Key kKeys[] = {
     {"worker", &ServerOptions::worker, "The trainer; default: simpo-worker beside this program"},
     {"mpirun", &ServerOptions::mpirun, "OpenMPI's launcher: a path, or a name on PATH"},
     {"insecure", &ServerOptions::insecure, "Allow other machines to connect, without encryption or passwords"},
+    {"tls_cert", &ServerOptions::tls_cert, "This coordinator's certificate, a PEM file; read again when it changes"},
+    {"tls_key", &ServerOptions::tls_key, "The certificate's private key, a PEM file"},
+    {"tls_client_ca", &ServerOptions::tls_client_ca, "Ask users for a certificate of one of these authorities"},
+    {"tls_ca", &ServerOptions::tls_ca, "Authority by which the ranks know this coordinator; default: tls_cert"},
+    {"allowed_roots", &ServerOptions::allowed_roots, "Folders below which the paths of jobs must lie"},
+    {"calls_per_second", &ServerOptions::calls_per_second, "Calls that a user with a token may make; 0: no limit"},
     {"heartbeat_timeout_s", &ServerOptions::heartbeat_timeout_s, "Seconds of silence after which a rank is lost"},
     {"attach_timeout_s", &ServerOptions::attach_timeout_s, "Seconds that ranks have to report after their start"},
     {"stop_grace_s", &ServerOptions::stop_grace_s, "Seconds that a cancelled job has for its last checkpoint"},
     {"restart_pause_s", &ServerOptions::restart_pause_s, "Seconds before the first restart; doubles with each more"},
     {"restart_pause_max_s", &ServerOptions::restart_pause_max_s, "Longest pause before a restart, in seconds"},
+    {"log_limit_mb", &ServerOptions::log_limit_mb, "MiB after which a log file of a job begins anew; 0: no limit"},
     {"keep_ended_minutes", &ServerOptions::keep_ended_minutes, "Minutes that an ended job stays on /metrics"},
     {"preemption", &ServerOptions::preemption, "Let jobs of higher priority take the slots of running ones"},
     {"starvation_minutes", &ServerOptions::starvation_minutes,
@@ -66,6 +74,10 @@ int UsableCores() {
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
   return std::max(1, CPU_COUNT(&cores));
+}
+
+absl::Status NoDataDir() {
+  return absl::InvalidArgumentError("--data-dir is missing: name a folder for the database, attempts and outputs");
 }
 
 bool IsProgram(const fs::path& path) {
@@ -100,13 +112,22 @@ absl::Status CompleteNodes(ServerOptions* options) {
   return absl::OkStatus();
 }
 
-absl::Status CheckAddress(const std::string& flag, const std::string& text, bool insecure) {
+// Beyond this machine nobody may listen in, and everybody has to say who they are.
+absl::Status CheckAddress(const std::string& flag, const std::string& text, const ServerOptions& options) {
   SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress(flag, text));
-  if (address.IsLoopback() || insecure) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(flag, " ", text,
-                   " can be reached from other machines, and there are neither passwords nor "
-                   "encryption yet. Use 127.0.0.1, or add --insecure when the network is yours alone"));
+  if (address.IsLoopback() || options.insecure) return absl::OkStatus();
+  std::error_code error;
+  const bool asks = !options.tls_client_ca.empty() || fs::exists(options.TokenFile(), error);
+  std::vector<std::string> missing;
+  if (options.tls_cert.empty()) missing.push_back("encryption (give --tls-cert and --tls-key)");
+  if (!asks) {
+    missing.push_back(
+        "a way to tell who calls (make a token with `simpo-coordinator token create`, or give --tls-client-ca)");
+  }
+  if (missing.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      flag, " ", text, " can be reached from other machines; that needs ", absl::StrJoin(missing, " and "),
+      ". Or use 127.0.0.1, or add --insecure when the network is yours alone"));
 }
 
 // `nodes: [{name: a, slots: 8, labels: {gpu: h100}}]`. Returns what is wrong with it, or nothing.
@@ -201,10 +222,20 @@ absl::Status ReadServerConfig(const CLI::App& app, const fs::path& file, ServerO
     const YAML::Node root = YAML::Load(text);
     if (!root.IsMap() && !root.IsNull())
       return absl::InvalidArgumentError(file.string() + ": must be `key: value` lines");
+    const auto take = [&](const std::string& name, const YAML::Node& key, const YAML::Node& value) {
+      const std::string problem = TakeKey(app, name, value, options);
+      if (!problem.empty()) problems.push_back(absl::StrCat(file.string(), ":", key.Mark().line + 1, ": ", problem));
+    };
     for (const auto& entry : root) {
-      const std::string problem = TakeKey(app, entry.first.as<std::string>(), entry.second, options);
-      if (!problem.empty())
-        problems.push_back(absl::StrCat(file.string(), ":", entry.first.Mark().line + 1, ": ", problem));
+      const std::string name = entry.first.as<std::string>();
+      if (name != "tls" || !entry.second.IsMap()) {
+        take(name, entry.first, entry.second);
+        continue;
+      }
+      // `tls: {cert: FILE}` is the same as `tls_cert: FILE`.
+      for (const auto& part : entry.second) {
+        take(absl::StrCat(name, "_", part.first.as<std::string>()), part.first, part.second);
+      }
     }
   } catch (const YAML::Exception& error) {
     problems.push_back(absl::StrCat(file.string(), ":", error.mark.line + 1, ": ", error.msg));
@@ -213,17 +244,39 @@ absl::Status ReadServerConfig(const CLI::App& app, const fs::path& file, ServerO
   return absl::InvalidArgumentError(absl::StrJoin(problems, "\n"));
 }
 
+absl::Status MakeDataDir(const fs::path& dir) {
+  if (dir.empty()) return NoDataDir();
+  std::error_code error;
+  fs::create_directories(dir, error);
+  if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
+  return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
+                                                  error ? error.message() : "no permission to write there",
+                                                  "; choose another one with --data-dir"));
+}
+
 absl::Status CompleteServerOptions(ServerOptions* options) {
-  if (options->data_dir.empty()) {
-    return absl::InvalidArgumentError("--data-dir is missing: name a folder for the database, attempts and outputs");
-  }
+  if (options->data_dir.empty()) return NoDataDir();
   options->data_dir = fs::absolute(options->data_dir).lexically_normal().string();
-  SIMPO_RETURN_IF_ERROR(CheckAddress("--listen", options->listen, options->insecure));
-  SIMPO_RETURN_IF_ERROR(CheckAddress("--http", options->http, options->insecure));
+  for (std::string ServerOptions::*file : {&ServerOptions::tls_cert, &ServerOptions::tls_key,
+                                           &ServerOptions::tls_client_ca, &ServerOptions::tls_ca}) {
+    if (!(options->*file).empty()) options->*file = fs::absolute(options->*file).lexically_normal().string();
+  }
+  SIMPO_RETURN_IF_ERROR(CheckTls(options->Tls()));
+  if (options->tls_ca.empty()) options->tls_ca = options->tls_cert;
+  SIMPO_RETURN_IF_ERROR(CheckAddress("--listen", options->listen, *options));
+  SIMPO_RETURN_IF_ERROR(CheckAddress("--http", options->http, *options));
+  for (std::string& root : options->allowed_roots) {
+    std::error_code error;
+    if (!fs::is_directory(root, error)) {
+      return absl::InvalidArgumentError(absl::StrCat("--allowed-roots: ", root, " is not a folder"));
+    }
+    root = fs::absolute(root).lexically_normal().string();
+  }
   if (options->slots < 0 || options->slots > kMaxSlots) {
     return absl::InvalidArgumentError(
         absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
+  if (options->log_limit_mb < 0) return absl::InvalidArgumentError("--log-limit-mb must be 1 or more, or 0 for none");
   SIMPO_RETURN_IF_ERROR(CompleteNodes(options));
   for (const Key& key : kKeys) {
     const auto* field = std::get_if<double ServerOptions::*>(&key.field);

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/cluster.h"
+#include "coordinator/tls.h"
 
 namespace CLI {
 class App;
@@ -25,11 +26,17 @@ struct ServerOptions {
   std::string worker;  // empty: simpo-worker beside this program
   std::string mpirun = "mpirun";
   bool insecure = false;
+  std::string tls_cert, tls_key;           // PEM files; empty: no TLS
+  std::string tls_client_ca;               // authorities of clients' certificates; empty: none are asked for
+  std::string tls_ca;                      // by which ranks know this coordinator; empty: tls_cert
+  std::vector<std::string> allowed_roots;  // for the paths of jobs, besides the outputs folder
+  double calls_per_second = 100;           // of each user with a token; 0: no limit
   double heartbeat_timeout_s = 30;  // of a rank
   double attach_timeout_s = 600;    // from mpirun's start to a rank's first word
   double stop_grace_s = 120;        // for a checkpoint before a cancelled job is ended by force
   double restart_pause_s = 1;       // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
+  int log_limit_mb = 256;          // of each log file of an attempt; 0: no limit
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
   bool preemption = false;         // jobs of higher priority may take the slots of running ones
   double starvation_minutes = 60;  // of waiting, after which a job gains priority; 0: never
@@ -37,6 +44,10 @@ struct ServerOptions {
   // reaches them.
   std::vector<Node> nodes;
   std::map<std::string, int> user_quotas, label_quotas;  // as in Scheduler::Options
+  TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca}; }
+  // Where `simpo-coordinator token` keeps the tokens.
+  std::filesystem::path TokenFile() const { return std::filesystem::path(data_dir) / "tokens.json"; }
+
   // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
   std::string program;
 };
@@ -51,6 +62,9 @@ absl::Status ReadServerConfig(const CLI::App& app, const std::filesystem::path& 
 // Fills in what is empty and checks what can be checked before anything is started: ranges, addresses,
 // that the programs are there.
 absl::Status CompleteServerOptions(ServerOptions* options);
+
+// Makes the folder when it is missing. INVALID_ARGUMENT: none is named; PERMISSION_DENIED: it cannot be used.
+absl::Status MakeDataDir(const std::filesystem::path& dir);
 
 }  // namespace simpo
 

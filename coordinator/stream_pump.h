@@ -1,8 +1,10 @@
 #ifndef SIMPO_COORDINATOR_STREAM_PUMP_H_
 #define SIMPO_COORDINATOR_STREAM_PUMP_H_
 
+#include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -29,7 +31,9 @@ class PumpedStream {
 // the controller nor gRPC's threads wait for a disk, and a slow client holds up nobody. Thread-safe.
 class StreamPump {
  public:
-  StreamPump() : thread_([this] { Run(); }) {}
+  // A client that takes nothing for `patience` loses its stream.
+  explicit StreamPump(std::chrono::milliseconds patience = std::chrono::minutes(1))
+      : patience_(patience), thread_([this] { Run(); }) {}
   // Every stream must be over by then.
   ~StreamPump();
 
@@ -38,10 +42,12 @@ class StreamPump {
   void Wake();
   // Ends all streams, and those that are added later.
   void Stop();
+  std::chrono::milliseconds patience() const { return patience_; }
 
  private:
   void Run();
 
+  const std::chrono::milliseconds patience_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::shared_ptr<PumpedStream>> streams_;  // guarded by mutex_
@@ -59,7 +65,10 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
  public:
   explicit FedStream(StreamPump& pump) : pump_(pump) {}
 
-  void Begin() {
+  // `place` is given back when the stream is over.
+  void Begin(grpc::CallbackServerContext* context, std::shared_ptr<void> place) {
+    context_ = context;
+    place_ = std::move(place);
     self_ = this->shared_from_this();
     pump_.Add(self_);
   }
@@ -67,7 +76,11 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
   bool Pump(bool stop) final {
     {
       const std::lock_guard lock(mutex_);
-      if (writing_) return true;
+      if (writing_) {
+        // A client that does not read must not hold its place for ever. It comes back with its cursor.
+        if (std::chrono::steady_clock::now() - write_begin_ > pump_.patience()) context_->TryCancel();
+        return true;
+      }
       if (broken_) return End(absl::CancelledError("the client has gone"));
       if (stop) return End(absl::UnavailableError("the coordinator is stopping; ask again when it is back"));
     }
@@ -77,6 +90,7 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
     const std::lock_guard lock(mutex_);
     if (any) {
       writing_ = true;
+      write_begin_ = std::chrono::steady_clock::now();
       this->StartWrite(&response_);
       return true;
     }
@@ -112,11 +126,14 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
   }
 
   StreamPump& pump_;
+  grpc::CallbackServerContext* context_ = nullptr;
+  std::shared_ptr<void> place_;
   Response response_;
   std::shared_ptr<FedStream> self_;
   std::mutex mutex_;
   bool writing_ = false;  // guarded by mutex_; response_ is on its way
   bool broken_ = false;   // guarded by mutex_
+  std::chrono::steady_clock::time_point write_begin_;  // guarded by mutex_; of the write on its way
 };
 
 }  // namespace simpo

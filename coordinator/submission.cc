@@ -48,8 +48,14 @@ void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolatio
   CheckName("user", request.user(), violations);
 }
 
-// An input that names a local path must be there; hub names are left to the worker.
-void CheckInput(const char* field, const std::string& value, std::vector<FieldViolation>* violations) {
+// An input that names a local path must be allowed and there; hub names are left to the worker. Of what is not
+// allowed nothing is told, not even whether it exists.
+void CheckInput(const char* field, const std::string& value, const AllowedRoots& roots,
+                std::vector<FieldViolation>* violations) {
+  if (std::string problem = roots.ProblemOfInput(value); !problem.empty()) {
+    violations->push_back({field, 0, std::move(problem)});
+    return;
+  }
   if (value.empty() || value[0] != '/') return;
   if (access(value.c_str(), R_OK) == 0) return;
   const char* problem = errno == ENOENT ? "does not exist" : "cannot be read";
@@ -58,14 +64,18 @@ void CheckInput(const char* field, const std::string& value, std::vector<FieldVi
                                       "); paths are those of the coordinator's machine")});
 }
 
-void CheckInputs(const JobConfig& config, std::vector<FieldViolation>* violations) {
-  CheckInput("model_name_or_path", config.model_name_or_path, violations);
-  CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, violations);
-  for (const auto& [path, fraction] : config.dataset_mixer) CheckInput("dataset_mixer", path, violations);
+void CheckInputs(const JobConfig& config, const AllowedRoots& roots, std::vector<FieldViolation>* violations) {
+  CheckInput("model_name_or_path", config.model_name_or_path, roots, violations);
+  CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, roots, violations);
+  for (const auto& [path, fraction] : config.dataset_mixer) CheckInput("dataset_mixer", path, roots, violations);
   for (const auto& [path, fraction] : config.eval_dataset_mixer) {
-    CheckInput("eval_dataset_mixer", path, violations);
+    CheckInput("eval_dataset_mixer", path, roots, violations);
   }
-  CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, violations);
+  CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, roots, violations);
+  // A text that is no file is the template itself.
+  if (std::string problem = roots.ProblemOfInput(config.chat_template); !problem.empty()) {
+    violations->push_back({"chat_template", 0, std::move(problem)});
+  }
 }
 
 void CheckSlots(Submission* submission, int slots_total) {
@@ -97,7 +107,7 @@ std::string RequestDigest(const v1::SubmitJobRequest& request) {
   return Sha256(body.SerializeAsString());
 }
 
-Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total) {
+Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total, const AllowedRoots& roots) {
   Submission submission;
   CheckRequest(request, &submission.violations);
   ParsedJob parsed =
@@ -114,7 +124,7 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total)
   if (config.name.empty()) config.name = fs::path(request.file_name()).stem().string();
   if (config.name.empty()) config.name = "job";
   CheckName("name", config.name, &submission.violations);
-  CheckInputs(config, &submission.violations);
+  CheckInputs(config, roots, &submission.violations);
   CheckSlots(&submission, slots_total);
 
   v1::Job& job = submission.job;

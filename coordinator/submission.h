@@ -6,6 +6,7 @@
 
 #include "common/job_config.h"
 #include "common/job_config_yaml.h"
+#include "coordinator/allowed_roots.h"
 #include "simpo/v1/training_service.pb.h"
 
 namespace simpo {
@@ -20,9 +21,10 @@ struct Submission {
 };
 
 // Parses and checks a request: the fields of the request itself, the job file, that the job fits in
-// `slots_total`, and that its local inputs can be read on this host. Looks at the file system, stores
-// nothing. Thread-safe.
-Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total);
+// `slots_total`, and that its local inputs lie below `roots` and can be read on this host. Looks at the
+// file system, stores nothing. Thread-safe.
+Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
+                           const AllowedRoots& roots = AllowedRoots());
 
 // Identifies what is asked for, without request_id and validate_only.
 std::string RequestDigest(const v1::SubmitJobRequest& request);

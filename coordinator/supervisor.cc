@@ -1,7 +1,9 @@
 #include "coordinator/supervisor.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -26,6 +28,7 @@ using SteadyClock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kTermGrace{5'000};  // from SIGTERM to SIGKILL
+constexpr milliseconds kLookAtLogs{1'000};
 constexpr int kCannotStart = 127;          // as a shell says it
 
 int64_t UnixMillis() {
@@ -58,10 +61,32 @@ std::optional<int> Reap(pid_t pid) {
   return found;
 }
 
+// A log that has grown too large begins anew, with a note: a disk that logs have filled stops every job. All who write
+// to it append, so they go on at its new end.
+void CapLogs(const AttemptSpec& spec) {
+  if (spec.log_limit_bytes <= 0) return;
+  std::error_code error;
+  for (std::filesystem::directory_iterator entry(spec.log_dir, error), end; !error && entry != end;
+       entry.increment(error)) {
+    if (entry->path().extension() != ".log") continue;
+    const int fd = open(entry->path().c_str(), O_WRONLY | O_APPEND | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    struct stat info = {};
+    if (fd >= 0 && fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > spec.log_limit_bytes &&
+        ftruncate(fd, 0) == 0) {
+      const std::string note = absl::StrCat("simpo: this log had grown to ", info.st_size,
+                                            " bytes; it begins anew here (log_limit_mb of the coordinator)\n");
+      if (write(fd, note.data(), note.size()) < 0) LOG_WARNING("cannot write to a log");
+    }
+    if (fd >= 0) close(fd);
+  }
+}
+
 // Runs one program to its end. Orphans of it become children of this process (see PR_SET_CHILD_SUBREAPER)
 // and are not waited for here.
 class Stage {
  public:
+  explicit Stage(const AttemptSpec& spec) : spec_(spec) {}
+
   int Run(const std::vector<std::string>& command, const std::map<std::string, std::string>& environment) {
     const absl::StatusOr<pid_t> pid = SpawnInNewGroup(command, environment);
     if (!pid.ok()) {
@@ -71,6 +96,10 @@ class Stage {
     while (true) {
       const int signal = WaitForSignal(milliseconds(200));
       if (const std::optional<int> status = Reap(*pid)) return ExitCodeOfWaitStatus(*status);
+      if (SteadyClock::now() >= look_at_logs_) {
+        CapLogs(spec_);
+        look_at_logs_ = SteadyClock::now() + kLookAtLogs;
+      }
       if (signal == SIGTERM || signal == SIGINT || signal == SIGHUP) {
         terminated_ = true;
         if (!kill_at_) kill_at_ = SteadyClock::now() + kTermGrace;
@@ -87,6 +116,8 @@ class Stage {
   bool terminated() const { return terminated_; }
 
  private:
+  const AttemptSpec& spec_;
+  SteadyClock::time_point look_at_logs_;
   bool terminated_ = false;
   std::optional<SteadyClock::time_point> kill_at_;
 };
@@ -163,7 +194,7 @@ AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec) {
   std::filesystem::permissions(scratch, std::filesystem::perms::owner_all, error);
   const auto environment = GangEnvironment(files, spec, scratch);
 
-  Stage stage;
+  Stage stage(spec);
   AttemptExit exit{.phase = "prepare"};
   exit.exit_code = stage.Run(PrepareCommand(files, spec), environment);
   if (exit.exit_code == 0 && stage.terminated()) exit.exit_code = 128 + SIGTERM;

@@ -1,6 +1,9 @@
 #include "coordinator/training_service.h"
 
+#include <grpcpp/alarm.h>
+
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <functional>
@@ -25,26 +28,79 @@ constexpr int kMaxJobs = 1000;
 constexpr int kDefaultPoints = 1000;
 constexpr int kMaxPoints = 10'000;
 
-// One unary call: answers it and notes how long it took.
+constexpr std::chrono::seconds kLongestCall{60};  // when the disk hangs, a call does not hang with it
+
+// One unary call: admits its caller, answers it, and notes how long it took and what came of it. A method that does
+// not begin with one, and with its answer(), has not asked whether it may go on.
 class UnaryCall {
  public:
-  UnaryCall(grpc::CallbackServerContext* context, RpcStats& stats, std::string method)
-      : reactor_(context->DefaultReactor()), stats_(stats), method_(std::move(method)) {}
+  // `job`: what the request names, for the audit log.
+  UnaryCall(grpc::CallbackServerContext* context, const TrainingService::Parts& parts, const std::string& method,
+            const std::string& job = "")
+      : state_(std::make_shared<State>(context->DefaultReactor(), parts, method)) {
+    absl::StatusOr<Caller> caller = parts.guard.Admit(state_->rule, *context, job);
+    if (caller.ok()) state_->caller = *std::move(caller);
+    state_->admitted = caller.status();
+  }
 
-  grpc::ServerUnaryReactor* reactor() const { return reactor_; }
-  // Once. May be called by another thread, after the method has returned.
-  grpc::ServerUnaryReactor* Finish(const absl::Status& status) const {
-    const auto time = std::chrono::steady_clock::now() - begin_;
-    stats_.Add(method_, status.code(), std::chrono::duration<double>(time).count());
-    reactor_->Finish(ToGrpcStatus(status));
-    return reactor_;
+  bool admitted() const { return state_->admitted.ok(); }
+  // Of an admitted call.
+  const Caller& caller() const { return state_->caller; }
+  grpc::ServerUnaryReactor* reactor() const { return state_->reactor; }
+
+  grpc::ServerUnaryReactor* Refuse() const { return Answer(state_->admitted); }
+  // Once. `job`: the id of the job that was changed, or was not to be.
+  grpc::ServerUnaryReactor* Finish(const absl::Status& status, const std::string& job = "") const {
+    const MethodRule* rule = FindRule(state_->rule);
+    if (rule != nullptr && rule->changes && !state_->only_looks) {
+      state_->parts.guard.Note(state_->rule, state_->caller, job, status);
+    }
+    return Answer(status);
+  }
+  // The call changes nothing after all.
+  void OnlyLooks() const { state_->only_looks = true; }
+
+  // For a call that another thread answers: it ends with DEADLINE_EXCEEDED when that takes too long. That thread then
+  // asks Claim() before it touches the response.
+  void LimitTime() const {
+    // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
+    state_->alarm.Set(std::chrono::system_clock::now() + kLongestCall, [weak = std::weak_ptr(state_)](bool rang) {
+      const std::shared_ptr<State> state = weak.lock();
+      if (!rang || !state || state->claimed.exchange(true)) return;
+      UnaryCall(state).Answer(absl::DeadlineExceededError(
+          "the coordinator has not stored this in time; ask again with the same request_id, or look whether it was"));
+    });
+  }
+  bool Claim() const {
+    if (state_->claimed.exchange(true)) return false;
+    state_->alarm.Cancel();
+    return true;
   }
 
  private:
-  grpc::ServerUnaryReactor* reactor_;
-  RpcStats& stats_;
-  std::string method_;
-  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+  struct State {
+    State(grpc::ServerUnaryReactor* reactor, const TrainingService::Parts& parts, const std::string& method)
+        : reactor(reactor), parts(parts), method(method), rule("TrainingService/" + method) {}
+    grpc::ServerUnaryReactor* const reactor;
+    const TrainingService::Parts& parts;
+    const std::string method, rule;
+    const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+    Caller caller;
+    absl::Status admitted;
+    bool only_looks = false;
+    std::atomic<bool> claimed = false;
+    grpc::Alarm alarm;
+  };
+  explicit UnaryCall(std::shared_ptr<State> state) : state_(std::move(state)) {}
+
+  grpc::ServerUnaryReactor* Answer(const absl::Status& status) const {
+    const auto time = std::chrono::steady_clock::now() - state_->begin;
+    state_->parts.rpc_stats.Add(state_->method, status.code(), std::chrono::duration<double>(time).count());
+    state_->reactor->Finish(ToGrpcStatus(status));
+    return state_->reactor;
+  }
+
+  std::shared_ptr<State> state_;
 };
 
 // A stream that ends at once.
@@ -60,12 +116,6 @@ absl::Status CheckPageSize(int size, int max) {
   return absl::InvalidArgumentError(absl::StrCat("page_size is ", size, "; it must be 1 to ", max));
 }
 
-// Only what the other machine's eyes can check; the rest of the folder is the server's to choose.
-std::vector<FieldViolation> CheckGivenOutputDir(const JobConfig& config) {
-  if (!std::filesystem::path(config.output_dir).is_absolute()) return {};
-  return CheckOutputDir(config, config.output_dir);
-}
-
 // The answer to a request_id that is known already.
 absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
   if (view.request_digest != RequestDigest(request)) {
@@ -77,6 +127,12 @@ absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& reques
   *response->mutable_job() = view.job;
   response->set_already_existed(true);
   return absl::OkStatus();
+}
+
+// Whether one folder is, or lies in, the other.
+bool Overlap(const std::filesystem::path& a, const std::filesystem::path& b) {
+  const auto [in_a, in_b] = std::mismatch(a.begin(), a.end(), b.begin(), b.end());
+  return in_a == a.end() || in_b == b.end();
 }
 
 bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
@@ -91,6 +147,23 @@ bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
 
 }  // namespace
 
+// Only what the other machine's eyes can check; the rest of the folder is the server's to choose.
+std::vector<FieldViolation> TrainingService::CheckGivenOutputDir(const JobConfig& config, const Caller& caller) const {
+  const std::filesystem::path folder = config.output_dir;
+  if (!folder.is_absolute()) return {};
+  // Of what is not allowed nothing is told.
+  if (std::string problem = parts_.roots.ProblemOfOutput(folder.string()); !problem.empty()) {
+    return {{"output_dir", 0, std::move(problem)}};
+  }
+  for (const JobViews::View& view : parts_.views.All()) {
+    if (Guard::CheckMayChange(caller, view->job).ok() || !Overlap(folder, view->job.output_dir())) continue;
+    return {{"output_dir", 0,
+             absl::StrCat("'", config.output_dir, "' belongs to job ", view->job.id(), " of ", view->job.user(),
+                          "; name another folder")}};
+  }
+  return CheckOutputDir(config, config.output_dir);
+}
+
 int SlotsTaken(const JobViews& views) {
   int taken = 0;
   for (const JobViews::View& view : views.All()) {
@@ -102,16 +175,25 @@ int SlotsTaken(const JobViews& views) {
 grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext* context,
                                                      const v1::SubmitJobRequest* request,
                                                      v1::SubmitJobResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "SubmitJob");
+  const UnaryCall call(context, parts_, "SubmitJob", request->name());
+  if (!call.admitted()) return call.Refuse();
+  // The user is the one whose token it is, whatever the request says.
+  v1::SubmitJobRequest own;
+  if (!call.caller().user.empty() && call.caller().user != request->user()) {
+    own = *request;
+    own.set_user(call.caller().user);
+    request = &own;
+  }
+  if (request->validate_only()) call.OnlyLooks();
   if (!request->request_id().empty() && !request->validate_only()) {
     // Before anything is checked: by now the job's own output may lie in its folder.
     if (const JobViews::View known = parts_.views.FindByRequestId(request->request_id())) {
-      return call.Finish(AnswerAgain(*known, *request, response));
+      return call.Finish(AnswerAgain(*known, *request, response), known->job.id());
     }
   }
-  Submission submission = CheckSubmission(*request, parts_.facts.slots_total);
+  Submission submission = CheckSubmission(*request, parts_.facts.slots_total, parts_.roots);
   std::vector<FieldViolation>& violations = submission.violations;
-  const std::vector<FieldViolation> of_output = CheckGivenOutputDir(submission.config);
+  const std::vector<FieldViolation> of_output = CheckGivenOutputDir(submission.config, call.caller());
   violations.insert(violations.end(), of_output.begin(), of_output.end());
   if (!violations.empty()) {
     return call.Finish(BadRequestError(violations, request->file_name().empty() ? "job.yaml" : request->file_name()));
@@ -122,10 +204,12 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
     response->mutable_notes()->Add(submission.notes.begin(), submission.notes.end());
     return call.Finish(absl::OkStatus());
   }
+  call.LimitTime();
   parts_.controller.Submit(std::move(submission), request->request_id(),
                            [call, response](absl::StatusOr<v1::SubmitJobResponse> result) {
+                             if (!call.Claim()) return;
                              if (result.ok()) response->Swap(&*result);
-                             call.Finish(result.status());
+                             call.Finish(result.status(), response->job().id());
                            });
   return call.reactor();
 }
@@ -133,12 +217,19 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext* context,
                                                      const v1::CancelJobRequest* request,
                                                      v1::CancelJobResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "CancelJob");
+  const UnaryCall call(context, parts_, "CancelJob", request->job_id());
+  if (!call.admitted()) return call.Refuse();
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
-  if (!view.ok()) return call.Finish(view.status());
-  parts_.controller.Cancel((*view)->job.id(), [call, response](absl::StatusOr<v1::CancelJobResponse> result) {
+  if (!view.ok()) return call.Finish(view.status(), request->job_id());
+  const std::string id = (*view)->job.id();
+  if (absl::Status status = Guard::CheckMayChange(call.caller(), (*view)->job); !status.ok()) {
+    return call.Finish(status, id);
+  }
+  call.LimitTime();
+  parts_.controller.Cancel(id, [call, id, response](absl::StatusOr<v1::CancelJobResponse> result) {
+    if (!call.Claim()) return;
     if (result.ok()) response->Swap(&*result);
-    call.Finish(result.status());
+    call.Finish(result.status(), id);
   });
   return call.reactor();
 }
@@ -146,13 +237,20 @@ grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* TrainingService::SetPriority(grpc::CallbackServerContext* context,
                                                        const v1::SetPriorityRequest* request,
                                                        v1::SetPriorityResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "SetPriority");
+  const UnaryCall call(context, parts_, "SetPriority", request->job_id());
+  if (!call.admitted()) return call.Refuse();
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
-  if (!view.ok()) return call.Finish(view.status());
-  parts_.controller.SetPriority((*view)->job.id(), request->priority(),
-                                [call, response](absl::StatusOr<v1::SetPriorityResponse> result) {
+  if (!view.ok()) return call.Finish(view.status(), request->job_id());
+  const std::string id = (*view)->job.id();
+  if (absl::Status status = Guard::CheckMayChange(call.caller(), (*view)->job); !status.ok()) {
+    return call.Finish(status, id);
+  }
+  call.LimitTime();
+  parts_.controller.SetPriority(id, request->priority(),
+                                [call, id, response](absl::StatusOr<v1::SetPriorityResponse> result) {
+                                  if (!call.Claim()) return;
                                   if (result.ok()) response->Swap(&*result);
-                                  call.Finish(result.status());
+                                  call.Finish(result.status(), id);
                                 });
   return call.reactor();
 }
@@ -160,8 +258,11 @@ grpc::ServerUnaryReactor* TrainingService::SetPriority(grpc::CallbackServerConte
 grpc::ServerUnaryReactor* TrainingService::ListNodes(grpc::CallbackServerContext* context,
                                                      const v1::ListNodesRequest* request,
                                                      v1::ListNodesResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "ListNodes");
+  const UnaryCall call(context, parts_, "ListNodes");
+  if (!call.admitted()) return call.Refuse();
+  call.LimitTime();
   parts_.controller.ListNodes(*request, [call, response](absl::StatusOr<v1::ListNodesResponse> result) {
+    if (!call.Claim()) return;
     if (result.ok()) response->Swap(&*result);
     call.Finish(result.status());
   });
@@ -182,7 +283,8 @@ absl::Status TrainingService::GetJobNow(const v1::GetJobRequest& request, v1::Ge
 
 grpc::ServerUnaryReactor* TrainingService::GetJob(grpc::CallbackServerContext* context,
                                                   const v1::GetJobRequest* request, v1::GetJobResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "GetJob");
+  const UnaryCall call(context, parts_, "GetJob", request->job_id());
+  if (!call.admitted()) return call.Refuse();
   return call.Finish(GetJobNow(*request, response));
 }
 
@@ -211,7 +313,8 @@ absl::Status TrainingService::ListJobsNow(const v1::ListJobsRequest& request, v1
 grpc::ServerUnaryReactor* TrainingService::ListJobs(grpc::CallbackServerContext* context,
                                                     const v1::ListJobsRequest* request,
                                                     v1::ListJobsResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "ListJobs");
+  const UnaryCall call(context, parts_, "ListJobs");
+  if (!call.admitted()) return call.Refuse();
   return call.Finish(ListJobsNow(*request, response));
 }
 
@@ -235,14 +338,16 @@ absl::Status TrainingService::ListMetricsNow(const v1::ListMetricsRequest& reque
 grpc::ServerUnaryReactor* TrainingService::ListMetrics(grpc::CallbackServerContext* context,
                                                        const v1::ListMetricsRequest* request,
                                                        v1::ListMetricsResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "ListMetrics");
+  const UnaryCall call(context, parts_, "ListMetrics", request->job_id());
+  if (!call.admitted()) return call.Refuse();
   return call.Finish(ListMetricsNow(*request, response));
 }
 
 grpc::ServerUnaryReactor* TrainingService::GetServerInfo(grpc::CallbackServerContext* context,
                                                          const v1::GetServerInfoRequest* request,
                                                          v1::GetServerInfoResponse* response) {
-  const UnaryCall call(context, parts_.rpc_stats, "GetServerInfo");
+  const UnaryCall call(context, parts_, "GetServerInfo");
+  if (!call.admitted()) return call.Refuse();
   const ServerFacts& facts = parts_.facts;
   response->set_version(facts.version);
   *response->mutable_start_time() = ToTimestamp(facts.start_ms);
@@ -254,24 +359,36 @@ grpc::ServerUnaryReactor* TrainingService::GetServerInfo(grpc::CallbackServerCon
   return call.Finish(absl::OkStatus());
 }
 
+absl::StatusOr<std::shared_ptr<void>> TrainingService::OpenStream(const char* method,
+                                                                  const grpc::CallbackServerContext& context,
+                                                                  const std::string& job) {
+  SIMPO_ASSIGN_OR_RETURN(const Caller caller, parts_.guard.Admit(method, context, job));
+  return parts_.guard.OpenStream(method, caller, job);
+}
+
 grpc::ServerWriteReactor<v1::WatchJobResponse>* TrainingService::WatchJob(grpc::CallbackServerContext* context,
                                                                           const v1::WatchJobRequest* request) {
+  const absl::StatusOr<std::shared_ptr<void>> place = OpenStream("TrainingService/WatchJob", *context, request->job_id());
+  if (!place.ok()) return new EndedStream<v1::WatchJobResponse>(place.status());
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
   if (!view.ok()) return new EndedStream<v1::WatchJobResponse>(view.status());
   const auto stream = std::make_shared<WatchStream>(parts_.pump, parts_.views, parts_.jobs, parts_.metrics,
                                                     (*view)->job.id(), std::max<int64_t>(0, request->after_sequence()));
-  stream->Begin();
+  stream->Begin(context, *place);
   return stream.get();
 }
 
 grpc::ServerWriteReactor<v1::StreamLogsResponse>* TrainingService::StreamLogs(grpc::CallbackServerContext* context,
                                                                               const v1::StreamLogsRequest* request) {
+  const absl::StatusOr<std::shared_ptr<void>> place =
+      OpenStream("TrainingService/StreamLogs", *context, request->job_id());
+  if (!place.ok()) return new EndedStream<v1::StreamLogsResponse>(place.status());
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
   if (!view.ok()) return new EndedStream<v1::StreamLogsResponse>(view.status());
   const absl::Status status = LogStream::Check(*request, **view);
   if (!status.ok()) return new EndedStream<v1::StreamLogsResponse>(status);
   const auto stream = std::make_shared<LogStream>(parts_.pump, parts_.views, (*view)->job.id(), *request);
-  stream->Begin();
+  stream->Begin(context, *place);
   return stream.get();
 }
 

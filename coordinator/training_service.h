@@ -2,9 +2,13 @@
 #define SIMPO_COORDINATOR_TRAINING_SERVICE_H_
 
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <vector>
 
+#include "coordinator/allowed_roots.h"
 #include "coordinator/controller.h"
+#include "coordinator/guard.h"
 #include "coordinator/job_store.h"
 #include "coordinator/job_views.h"
 #include "coordinator/metric_store.h"
@@ -38,6 +42,8 @@ class TrainingService final : public v1::TrainingService::CallbackService {
     StreamPump& pump;
     RpcStats& rpc_stats;
     const ServerFacts& facts;
+    Guard& guard;
+    const AllowedRoots& roots;
   };
   explicit TrainingService(Parts parts) : parts_(parts) {}
 
@@ -63,6 +69,10 @@ class TrainingService final : public v1::TrainingService::CallbackService {
                                                                const v1::StreamLogsRequest* request) override;
 
  private:
+  // Admits the caller of a stream, and counts it while what is returned lives.
+  absl::StatusOr<std::shared_ptr<void>> OpenStream(const char* method, const grpc::CallbackServerContext& context,
+                                                   const std::string& job);
+  std::vector<FieldViolation> CheckGivenOutputDir(const JobConfig& config, const Caller& caller) const;
   absl::Status GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response);
   absl::Status ListJobsNow(const v1::ListJobsRequest& request, v1::ListJobsResponse* response);
   absl::Status ListMetricsNow(const v1::ListMetricsRequest& request, v1::ListMetricsResponse* response);

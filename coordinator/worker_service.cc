@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/rpc_errors.h"
+#include "coordinator/tokens.h"
 
 namespace simpo {
 namespace {
@@ -49,8 +50,12 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   RankStream(Controller& controller, const JobViews& views, std::string secret)
       : controller_(controller), views_(views), secret_(std::move(secret)) {}
 
-  void Begin() {
+  void Begin(std::chrono::milliseconds hello_time) {
     self_ = shared_from_this();
+    hello_alarm_.Set(std::chrono::system_clock::now() + hello_time, [weak = weak_from_this()](bool rang) {
+      const std::shared_ptr<RankStream> stream = weak.lock();
+      if (rang && stream) stream->Close(absl::DeadlineExceededError("hello did not come in time"));
+    });
     const std::lock_guard lock(mutex_);
     Read();
   }
@@ -59,7 +64,9 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
     const std::lock_guard lock(mutex_);
     if (end_) return;
     // A rank that takes nothing is dropped; it hears everything anew when it is back.
-    if (responses_.size() >= kMaxWaitingResponses) end_ = grpc::Status(grpc::StatusCode::UNAVAILABLE, "too slow");
+    if (responses_.size() >= kMaxWaitingResponses) {
+      end_ = ToGrpcStatus(absl::UnavailableError("this rank does not read what it is sent; connect again"));
+    }
     if (!end_) responses_.push_back(std::move(response));
     Write();
   }
@@ -94,6 +101,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   void OnCancel() override { End(grpc::Status::CANCELLED); }
 
   void OnDone() override {
+    hello_alarm_.Cancel();
     const std::shared_ptr<RankStream> self = std::move(self_);
     bool leave = false;
     {
@@ -107,10 +115,11 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   // The first message says who it is.
   void Greet() {
     if (!request_.has_hello()) {
-      return End(grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the first message must be hello"));
+      return Close(absl::InvalidArgumentError("the first message must be hello"));
     }
     const v1::Hello& hello = request_.hello();
     if (absl::Status status = CheckCaller(views_, hello, secret_); !status.ok()) return Close(status);
+    hello_alarm_.Cancel();
     id_ = {hello.job_id(), hello.attempt(), hello.rank()};
     controller_.Attach(hello, shared_from_this());
     const std::lock_guard lock(mutex_);
@@ -118,7 +127,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   }
 
   void LastRead() {
-    if (!id_) return End(grpc::Status::CANCELLED);
+    if (!id_) return Close(absl::CancelledError("the stream ended before hello"));
     {
       const std::lock_guard lock(mutex_);
       if (std::exchange(left_, true)) return;
@@ -165,6 +174,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
   v1::AttachRequest request_;  // of the read in flight
   std::optional<RankId> id_;   // written once, before the controller knows of this stream
   std::shared_ptr<RankStream> self_;
+  grpc::Alarm hello_alarm_;
 
   std::mutex mutex_;
   std::deque<v1::AttachResponse> responses_;  // the first is in flight while writing_
@@ -186,8 +196,10 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
     self_ = shared_from_this();
     call_ = {.who = request.hello(), .id = this};
     const auto patience = std::chrono::milliseconds(std::clamp(request.timeout_ms(), 1, kMaxPatienceMs));
-    alarm_.Set(std::chrono::system_clock::now() + patience, [call = self_](bool rang) {
-      if (rang) call->rendezvous_.Expire(call->call_);
+    alarm_.Set(std::chrono::system_clock::now() + patience, [weak = weak_from_this()](bool rang) {
+      // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
+      const std::shared_ptr<RegisterCall> call = weak.lock();
+      if (rang && call) call->rendezvous_.Expire(call->call_);
     });
     rendezvous_.Arrive(call_, request.nccl_id(), [call = self_](absl::StatusOr<std::string> bytes) {
       if (bytes.ok()) call->response_->set_nccl_id(*std::move(bytes));
@@ -223,17 +235,10 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
 
 }  // namespace
 
-bool SecretsEqual(std::string_view a, std::string_view b) {
-  if (a.size() != b.size()) return false;
-  unsigned char difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) difference |= static_cast<unsigned char>(a[i] ^ b[i]);
-  return difference == 0;
-}
-
 grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::Attach(
     grpc::CallbackServerContext* context) {
   const auto stream = std::make_shared<RankStream>(controller_, views_, SecretOf(*context));
-  stream->Begin();
+  stream->Begin(hello_time_);
   return stream.get();
 }
 

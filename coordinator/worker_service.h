@@ -1,7 +1,7 @@
 #ifndef SIMPO_COORDINATOR_WORKER_SERVICE_H_
 #define SIMPO_COORDINATOR_WORKER_SERVICE_H_
 
-#include <string_view>
+#include <chrono>
 
 #include "coordinator/controller.h"
 #include "coordinator/job_views.h"
@@ -10,14 +10,14 @@
 
 namespace simpo {
 
-// Whether two secrets are equal, in a time that tells nothing of where they differ.
-bool SecretsEqual(std::string_view a, std::string_view b);
-
 // The ranks' RPCs: checks who is there and passes on what is said.
 class WorkerService final : public v1::WorkerService::CallbackService {
  public:
   // Both outlive this object.
-  WorkerService(Controller& controller, const JobViews& views) : controller_(controller), views_(views) {}
+  // A stream that does not say whose it is within `hello_time` ends.
+  WorkerService(Controller& controller, const JobViews& views,
+                std::chrono::milliseconds hello_time = std::chrono::seconds(10))
+      : controller_(controller), views_(views), hello_time_(hello_time) {}
 
   grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(grpc::CallbackServerContext* context) override;
   grpc::ServerUnaryReactor* Register(grpc::CallbackServerContext* context, const v1::RegisterRequest* request,
@@ -26,6 +26,7 @@ class WorkerService final : public v1::WorkerService::CallbackService {
  private:
   Controller& controller_;
   const JobViews& views_;
+  const std::chrono::milliseconds hello_time_;
   Rendezvous rendezvous_;
 };
 

@@ -1,16 +1,20 @@
 #include "simpoctl/client.h"
 
+#include <arpa/inet.h>
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/channel_arguments.h>
+#include <grpcpp/support/client_interceptor.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <thread>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "common/atomic_file.h"
 #include "simpoctl/terminal.h"
 
 namespace simpo {
@@ -25,15 +29,61 @@ constexpr seconds kStreamTimeout{300};
 constexpr seconds kReconnectFor{600};
 constexpr milliseconds kLongestPause{5000};
 
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
+// Puts the token into every call of a channel.
+class TokenInterceptor final : public grpc::experimental::Interceptor {
+ public:
+  explicit TokenInterceptor(std::string token) : token_(std::move(token)) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(grpc::experimental::InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      methods->GetSendInitialMetadata()->emplace("authorization", absl::StrCat("Bearer ", token_));
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::string token_;
+};
+
+class TokenInterceptors final : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit TokenInterceptors(std::string token) : token_(std::move(token)) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(grpc::experimental::ClientRpcInfo*) override {
+    return new TokenInterceptor(token_);
+  }
+
+ private:
+  const std::string token_;
+};
+
+std::shared_ptr<grpc::ChannelCredentials> MakeCredentials(const TlsTexts& texts) {
+  if (texts.ca.empty()) return grpc::InsecureChannelCredentials();
+  return grpc::SslCredentials({.pem_root_certs = texts.ca, .pem_private_key = texts.key, .pem_cert_chain = texts.cert});
+}
+
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, const Client::Credentials& credentials) {
   grpc::ChannelArguments arguments;
+  // A connection whose other end is gone is noticed.
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  if (!credentials.tls.name.empty()) arguments.SetSslTargetNameOverride(credentials.tls.name);
   arguments.SetMaxReceiveMessageSize(-1);
   // A coordinator that restarts is found again soon, and never through a web proxy.
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 200);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 10000);  // also how long one connection may take
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
+  if (!credentials.token.empty()) interceptors.push_back(std::make_unique<TokenInterceptors>(credentials.token));
+  return grpc::experimental::CreateCustomChannelWithInterceptors(address, MakeCredentials(credentials.texts), arguments,
+                                                                 std::move(interceptors));
+}
+
+bool IsThisMachine(const std::string& address) {
+  const std::string host = address.substr(0, address.rfind(':'));
+  in_addr address_v4 = {};
+  const bool loopback = inet_pton(AF_INET, host.c_str(), &address_v4) == 1 && host.starts_with("127.");
+  return loopback || host == "localhost" || host == "[::1]";
 }
 
 bool MayPass(grpc::StatusCode code) {
@@ -45,6 +95,19 @@ std::string ShortCause(const std::string& message) {
   const size_t colon = message.rfind(": ");
   const bool wrapped = message.starts_with("failed to connect") || message.starts_with("DNS resolution failed");
   return OneLine(wrapped && colon != std::string::npos ? message.substr(colon + 2) : message);
+}
+
+// What the words of a failed handshake mean.
+std::string TlsHint(const std::string& message) {
+  const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
+  if (says("certificate verify failed")) {
+    return ". Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
+  }
+  if (says("wrong version number")) return ". It has no TLS: leave out --ca (SIMPO_CA)";
+  if (says("Hostname Verification Check failed")) {
+    return ". Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
+  }
+  return says("Socket closed") ? ". If it has TLS, name its authority with --ca (SIMPO_CA)" : "";
 }
 
 // One call, asked up to `tries` times while the coordinator does not answer.
@@ -87,10 +150,37 @@ absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag) {
   return address;
 }
 
-Client::Client(std::string address, std::string command)
+absl::StatusOr<std::string> TokenFor(const std::string& address, const std::string& file_flag, bool tls,
+                                     bool insecure) {
+  std::string token;
+  if (!file_flag.empty()) {
+    const absl::StatusOr<std::string> text = ReadFile(file_flag, /*max_bytes=*/4096);
+    if (!text.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("--token-file: ", std::string(text.status().message())));
+    }
+    token = std::string(absl::StripAsciiWhitespace(*text));
+    if (token.empty()) return absl::InvalidArgumentError(absl::StrCat("--token-file: ", file_flag, " is empty"));
+  } else if (const char* variable = std::getenv("SIMPO_TOKEN")) {
+    token = std::string(absl::StripAsciiWhitespace(variable));
+  }
+  if (token.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") !=
+      std::string::npos) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        file_flag.empty() ? "SIMPO_TOKEN" : "--token-file", " holds no token: one line of letters and digits"));
+  }
+  if (!token.empty() && !tls && !insecure && !IsThisMachine(address)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the token would travel to ", address,
+                     " unencrypted: name the coordinator's authority with --ca (SIMPO_CA), or add --insecure when the "
+                     "network is yours alone"));
+  }
+  return token;
+}
+
+Client::Client(std::string address, std::string command, Credentials credentials)
     : address_(std::move(address)),
       command_(std::move(command)),
-      stub_(v1::TrainingService::NewStub(MakeChannel(address_))) {}
+      stub_(v1::TrainingService::NewStub(MakeChannel(address_, credentials))) {}
 
 absl::Status Client::ToStatus(const grpc::Status& status) const {
   if (status.ok()) return absl::OkStatus();
@@ -100,7 +190,8 @@ absl::Status Client::ToStatus(const grpc::Status& status) const {
       return absl::UnavailableError(
           absl::StrCat("cannot reach the coordinator at ", address_, " (", ShortCause(status.error_message()),
                        "). Start it (simpo-coordinator --data-dir DIR), or name another one with --address or "
-                       "SIMPO_ADDRESS"));
+                       "SIMPO_ADDRESS",
+                       TlsHint(status.error_message())));
     case grpc::StatusCode::DEADLINE_EXCEEDED:
       return absl::DeadlineExceededError(
           absl::StrCat("the coordinator at ", address_, " did not answer in time; look at its log, then try again"));

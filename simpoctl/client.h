@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/tls_files.h"
 #include "simpo/v1/training_service.grpc.pb.h"
 #include "simpoctl/interrupt.h"
 
@@ -21,12 +22,23 @@ inline constexpr char kDefaultAddress[] = "127.0.0.1:7077";
 // is not HOST:PORT.
 absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag);
 
+// The token: of the file that the flag names, else SIMPO_TOKEN; "" when there is none. INVALID_ARGUMENT when the file
+// cannot be read, or a token would travel to another machine in the clear.
+absl::StatusOr<std::string> TokenFor(const std::string& address, const std::string& file_flag, bool tls,
+                                     bool insecure);
+
 // The coordinator as the commands see it. Every call has a deadline; an error's message says what to
 // do about it. Connects at the first call.
 class Client {
  public:
+  // How to show who calls, and to know who answers.
+  struct Credentials {
+    std::string token;  // empty: none
+    TlsFiles tls;
+    TlsTexts texts;  // of `tls`
+  };
   // `command` is how this coordinator is reached again, for advice: "simpoctl" and the flags it needs.
-  Client(std::string address, std::string command);
+  Client(std::string address, std::string command, Credentials credentials = {});
 
   const std::string& address() const { return address_; }
   const std::string& command() const { return command_; }

@@ -14,6 +14,8 @@ namespace simpo {
 // to be done into `run` when the command is the one that was given. `run` returns the exit code.
 struct CommandLine {
   std::string address;                               // --address; empty: not given
+  std::string token_file, ca, cert, key;             // likewise
+  bool insecure = false;
   std::function<absl::StatusOr<int>(Client&)> run;   // needs a coordinator
   std::function<absl::StatusOr<int>()> run_offline;  // needs none
 };

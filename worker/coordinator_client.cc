@@ -21,6 +21,7 @@
 #include "common/host_name.h"
 #include "common/log.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
+#include "worker/coordinator_channel.h"
 
 namespace simpo {
 namespace {
@@ -35,8 +36,6 @@ constexpr milliseconds kWelcomeTimeout{10'000};
 constexpr milliseconds kDefaultHeartbeat{2'000};
 constexpr milliseconds kMinHeartbeat{50};
 constexpr milliseconds kMaxHeartbeat{60'000};
-constexpr int kConnectTimeoutMs = 5'000;
-constexpr int kKeepaliveMs = 310'000;  // servers may take pings within 5 minutes for abuse
 constexpr size_t kMaxEvents = 256;
 constexpr size_t kMaxReportTimes = 4096;
 constexpr size_t kMaxCommands = 16;
@@ -149,7 +148,7 @@ class Client final : public CoordinatorClient {
   void Run();
   void Stop();
   // Runs one session to its end. True when it ended because all was said.
-  bool RunSession(const std::string& address, bool* welcomed, std::string* problem);
+  bool RunSession(std::string* address, bool* welcomed, std::string* problem);
   bool Greet(Session& session);
   void Receive(Session& session);
   // Until all is said (true) or the stream is broken (false).
@@ -277,10 +276,10 @@ void Client::Run() {
   milliseconds backoff = kFirstBackoff;
   bool away = false;  // said once per outage
   while (true) {
-    const std::string address = AddressOf(options_);
+    std::string address;
     bool welcomed = false;
     std::string problem;
-    const bool all_said = RunSession(address, &welcomed, &problem);
+    const bool all_said = RunSession(&address, &welcomed, &problem);
     std::unique_lock lock(mutex_);
     finished_ |= all_said;
     changed_.notify_all();
@@ -299,14 +298,14 @@ void Client::Run() {
   }
 }
 
-bool Client::RunSession(const std::string& address, bool* welcomed, std::string* problem) {
+bool Client::RunSession(std::string* address, bool* welcomed, std::string* problem) {
   Session session(options_);
-  grpc::ChannelArguments arguments;
-  // A pool of its own: no back-off of an earlier channel is inherited.
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kConnectTimeoutMs);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  session.channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = ConnectToCoordinator(options_, address);
+  if (!channel.ok()) {
+    *problem = std::string(channel.status().message());
+    return false;
+  }
+  session.channel = *std::move(channel);
   session.context.AddMetadata("simpo-attempt-secret", options_.secret);
   {
     const std::lock_guard lock(mutex_);
@@ -482,12 +481,6 @@ bool Client::SendEvents(Session& session) {
 }
 
 }  // namespace
-
-std::string CoordinatorClient::AddressOf(const Options& options) {
-  std::string address;
-  if (!options.address_file.empty()) std::ifstream(options.address_file) >> address;
-  return address.empty() ? options.address : address;
-}
 
 void CoordinatorClient::FillHello(const Options& options, v1::Hello* hello) {
   hello->set_job_id(options.job_id);

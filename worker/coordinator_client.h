@@ -26,7 +26,7 @@ class CoordinatorClient {
  public:
   struct Options {
     std::string address;                 // HOST:PORT, used until address_file says otherwise
-    std::filesystem::path address_file;  // read again at every reconnect; may be empty
+    std::filesystem::path address_file;  // see coordinator_channel.h; may be empty
     std::string job_id;
     int attempt = 1;
     std::string secret;  // of the attempt
@@ -37,8 +37,6 @@ class CoordinatorClient {
   };
   enum class Command { kCheckpoint, kStop };
 
-  // Where the coordinator is: the file wins, for one that has moved is found there.
-  static std::string AddressOf(const Options& options);
   // Who this process is, as the coordinator is told in every form.
   static void FillHello(const Options& options, v1::Hello* hello);
 

@@ -6,7 +6,9 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
+#include "worker/coordinator_channel.h"
 
 namespace simpo {
 namespace {
@@ -32,10 +34,8 @@ absl::StatusOr<std::string> RegisterRank(const CoordinatorClient::Options& optio
     context.AddMetadata("simpo-attempt-secret", options.secret);
     context.set_deadline(std::chrono::system_clock::now() + left + kAnswerTime);
     v1::RegisterResponse response;
-    const std::string address = CoordinatorClient::AddressOf(options);
-    grpc::ChannelArguments arguments;
-    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // no back-off of an earlier channel is inherited
-    const auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+    std::string address;
+    SIMPO_ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> channel, ConnectToCoordinator(options, &address));
     const grpc::Status status = v1::WorkerService::NewStub(channel)->Register(&context, request, &response);
     if (status.ok()) return response.nccl_id();
     if (status.error_code() != grpc::StatusCode::UNAVAILABLE) {

@@ -133,8 +133,8 @@ TEST(HttpServerTest, Pages) {
   const CoordinatorCollectable source([] { return ExpositionSnapshot{.slots_total = 3, .version = "9"}; });
   std::atomic<bool> healthy = true;
   const HttpServer::Options options{
-      .host = "127.0.0.1", .title = "simpo-coordinator 9", .source = &source, .healthy = [&] {
-        return healthy.load();
+      .host = "127.0.0.1", .title = "simpo-coordinator 9", .source = &source, .problem = [&] {
+        return std::string(healthy ? "" : "the database cannot be written");
       }};
   auto server = ValueOf(HttpServer::Start(options));
   httplib::Client client("127.0.0.1", server->port());

@@ -26,6 +26,9 @@ TEST(LogReaderTest, WholeLinesAndTheLastOneWhenItIsComplete) {
   EXPECT_EQ(offset, 8);
   EXPECT_EQ(ReadLines(dir / "log", true, &offset), "thr");
   EXPECT_EQ(ReadLines(dir / "log", true, &offset), "");
+  WriteText(dir / "log", "anew\n");
+  EXPECT_EQ(ReadLines(dir / "log", false, &offset), "anew\n") << "it was cut";
+  EXPECT_EQ(offset, 5);
 }
 
 TEST(LogReaderTest, LongFilesComeInPiecesWithoutLossOrRepetition) {

@@ -37,7 +37,8 @@ class LauncherTest : public ::testing::Test {
                                               .supervisor = SIMPO_COORDINATOR_BINARY,
                                               .worker = dir_ / "worker",
                                               .mpirun = dir_ / "mpirun",
-                                              .coordinator_address = "127.0.0.1:1"});
+                                              .coordinator_address = "127.0.0.1:1",
+                                              .log_limit_bytes = log_limit_bytes_});
     return *launcher_;
   }
   GangRequest Request(bool resume = false) const {
@@ -62,6 +63,7 @@ class LauncherTest : public ::testing::Test {
 
   TempDir dir_;
   const std::string job_id_ = "test" + dir_.path().filename().string();
+  int64_t log_limit_bytes_ = 0;
   std::optional<MpirunLauncher> launcher_;
 };
 
@@ -81,6 +83,19 @@ TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
   EXPECT_EQ(ReadText(dir_ / "out" / "job.yaml"), "beta: 2\n");
   const AttemptSpec spec{.job_id = job_id_};
   EXPECT_FALSE(std::filesystem::exists(ScratchDir(spec)));
+}
+
+TEST_F(LauncherTest, ALogThatGrowsTooLargeBeginsAnewAndSaysSo) {
+  log_limit_bytes_ = 20'000;
+  Launcher("", absl::StrCat(
+                            "for i in 1 2 3 4 5 6; do head -c 30000 /dev/zero | tr '\\0' x; echo; sleep 0.5; done; ",
+                            "echo last words; exit 75"));
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  const std::string log = Log();
+  EXPECT_THAT(log, HasSubstr("begins anew here"));
+  EXPECT_THAT(log, HasSubstr("last words"));
+  EXPECT_LT(log.size(), 150'000u) << "it would be 180 kB";
 }
 
 TEST_F(LauncherTest, NoGangWhenThePreparationFails) {

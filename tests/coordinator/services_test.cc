@@ -1,11 +1,15 @@
 // The RPCs as clients meet them: real gRPC in this process, a real controller, gangs of cardboard.
 #include <gmock/gmock.h>
+#include <google/protobuf/descriptor.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <nlohmann/json.hpp>
 #include <thread>
 
+#include "absl/strings/str_split.h"
 #include "coordinator/controller.h"
 #include "coordinator/stream_pump.h"
 #include "coordinator/training_service.h"
@@ -23,7 +27,7 @@ using ::testing::HasSubstr;
 
 class ServicesTest : public ::testing::Test {
  protected:
-  ServicesTest() {
+  explicit ServicesTest(std::chrono::milliseconds patience = std::chrono::minutes(1)) : pump_(patience) {
     stores_ = Stores::Open(dir_ / "test.db");
     facts_ = {.version = "1.2.3", .data_dir = dir_.path().string(), .hostname = "here", .slots_total = 4};
     Dispatcher::Options options;
@@ -40,8 +44,10 @@ class ServicesTest : public ::testing::Test {
                                              .metrics = *stores_.metrics,
                                              .pump = pump_,
                                              .rpc_stats = rpc_stats_,
-                                             .facts = facts_});
-    workers_.emplace(*controller_, views_);
+                                             .facts = facts_,
+                                             .guard = guard_,
+                                             .roots = roots_});
+    workers_.emplace(*controller_, views_, std::min(patience, std::chrono::milliseconds(10'000)));
     grpc::ServerBuilder builder;
     builder.RegisterService(&*training_);
     builder.RegisterService(&*workers_);
@@ -114,6 +120,9 @@ class ServicesTest : public ::testing::Test {
   JobViews views_;
   RpcStats rpc_stats_;
   StreamPump pump_;
+  AuditLog audit_{dir_ / "audit.jsonl"};
+  Guard guard_{{.token_file = dir_ / "tokens.json", .streams_per_user = 2, .audit = &audit_}};
+  const AllowedRoots roots_{dir_ / "outputs", {}, [this] { return guard_.asks(); }};
   std::atomic<int> failures_ = 0;
   std::optional<Dispatcher> dispatcher_;
   std::optional<Controller> controller_;
@@ -123,13 +132,6 @@ class ServicesTest : public ::testing::Test {
   std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::TrainingService::Stub> stub_;
 };
-
-TEST(SecretsEqualTest, ByContent) {
-  EXPECT_TRUE(SecretsEqual("abc", "abc"));
-  EXPECT_FALSE(SecretsEqual("abc", "abd"));
-  EXPECT_FALSE(SecretsEqual("abc", "abcd"));
-  EXPECT_FALSE(SecretsEqual("", "abc"));
-}
 
 // One rank's call of Register, on a thread.
 class ServicesRegisterTest : public ServicesTest {
@@ -612,6 +614,200 @@ TEST_F(ServicesTest, ADatabaseThatCannotBeWrittenStopsTheController) {
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_THAT(status.error_message(), HasSubstr("database"));
   EXPECT_TRUE(Eventually([&] { return failures_ == 1; }));
+}
+
+// Calls a method by its bytes alone, without any credentials.
+grpc::Status CallBare(const std::shared_ptr<grpc::Channel>& channel, const std::string& path) {
+  grpc::GenericStub stub(channel);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(20));
+  grpc::CompletionQueue queue;
+  // In every request an empty first field: of Attach it is a hello.
+  const grpc::Slice bytes(std::string("\x0a\x00", 2));
+  grpc::ByteBuffer request(&bytes, 1), reply;
+  grpc::Status status;
+  auto call = stub.PrepareUnaryCall(&context, path, request, &queue);
+  call->StartCall();
+  call->Finish(&reply, &status, nullptr);
+  void* tag = nullptr;
+  bool ok = false;
+  EXPECT_TRUE(queue.Next(&tag, &ok));
+  return status;
+}
+
+class ServicesWithTokensTest : public ServicesTest {
+ protected:
+  ServicesWithTokensTest() {
+    for (const auto& [role, user] : {std::pair(Role::kRead, "rita"), std::pair(Role::kSubmit, "sam"),
+                                     std::pair(Role::kSubmit, "sue"), std::pair(Role::kAdmin, "ada")}) {
+      const NewToken made = ValueOf(MakeToken(role, user, 1, time(nullptr)));
+      EXPECT_TRUE(AddToken(dir_ / "tokens.json", made.token).ok());
+      tokens_[user] = made.text;
+    }
+  }
+  void ActAs(grpc::ClientContext* context, const std::string& user) {
+    context->AddMetadata("authorization", "Bearer " + tokens_.at(user));
+  }
+  grpc::Status SubmitAs(const std::string& user, const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
+    grpc::ClientContext context;
+    ActAs(&context, user);
+    return stub_->SubmitJob(&context, request, response);
+  }
+  grpc::Status CancelAs(const std::string& user, const std::string& id) {
+    grpc::ClientContext context;
+    ActAs(&context, user);
+    v1::CancelJobRequest request;
+    request.set_job_id(id);
+    v1::CancelJobResponse response;
+    return stub_->CancelJob(&context, request, &response);
+  }
+  std::map<std::string, std::string> tokens_;
+};
+
+// Whoever adds a method gives it a row in the table of guard.cc, and asks the guard.
+TEST_F(ServicesWithTokensTest, NoMethodIsForgotten) {
+  int methods = 0;
+  for (const char* name : {v1::TrainingService::service_full_name(), v1::WorkerService::service_full_name()}) {
+    const auto* service = google::protobuf::DescriptorPool::generated_pool()->FindServiceByName(name);
+    ASSERT_NE(service, nullptr) << name;
+    for (int i = 0; i < service->method_count(); ++i, ++methods) {
+      const std::string method = absl::StrCat(service->name(), "/", service->method(i)->name());
+      EXPECT_NE(FindRule(method), nullptr) << method << " has no row in coordinator/guard.cc";
+      const grpc::Status status = CallBare(channel_, absl::StrCat("/", name, "/", service->method(i)->name()));
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAUTHENTICATED) << method << ": " << status.error_message();
+      EXPECT_FALSE(status.error_details().empty()) << method << " has no ErrorInfo";
+    }
+  }
+  EXPECT_GE(methods, 10);
+}
+
+TEST_F(ServicesWithTokensTest, AJobIsItsTokensUsers) {
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml(), "request-1");
+  request.set_user("ada");
+  v1::SubmitJobResponse response;
+  EXPECT_EQ(SubmitAs("rita", request, &response).error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  ASSERT_TRUE(SubmitAs("sam", request, &response).ok());
+  EXPECT_EQ(response.job().user(), "sam");
+  const std::string id = response.job().id();
+  // The same request of the same user is the same job; of another one it is not.
+  ASSERT_TRUE(SubmitAs("sam", request, &response).ok());
+  EXPECT_TRUE(response.already_existed());
+  EXPECT_EQ(SubmitAs("sue", request, &response).error_code(), grpc::StatusCode::ALREADY_EXISTS);
+
+  EXPECT_EQ(CancelAs("rita", id).error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  const grpc::Status others = CancelAs("sue", id);
+  EXPECT_EQ(others.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+  EXPECT_THAT(others.error_message(), HasSubstr("sam"));
+  EXPECT_NE(State(id), "CANCELLING");
+  EXPECT_TRUE(CancelAs("sam", id).ok());
+  ASSERT_TRUE(SubmitAs("sam", SubmitRequest(JobYaml()), &response).ok());
+  EXPECT_TRUE(CancelAs("ada", response.job().id()).ok());
+
+  // Every change and every refusal has its line.
+  std::vector<std::string> lines;
+  for (absl::string_view line : absl::StrSplit(ReadText(dir_ / "audit.jsonl"), '\n', absl::SkipEmpty())) {
+    const auto json = nlohmann::json::parse(line);
+    lines.push_back(absl::StrCat(json["user"].get<std::string>(), " ", json["method"].get<std::string>(), " ",
+                                 json["outcome"].get<std::string>()));
+    EXPECT_NE(json["peer"], "");
+  }
+  EXPECT_THAT(lines, ElementsAre("rita SubmitJob PERMISSION_DENIED", "sam SubmitJob OK", "sam SubmitJob OK",
+                                 "sue SubmitJob ALREADY_EXISTS", "rita CancelJob PERMISSION_DENIED",
+                                 "sue CancelJob PERMISSION_DENIED", "sam CancelJob OK", "sam SubmitJob OK",
+                                 "ada CancelJob OK"));
+}
+
+TEST_F(ServicesWithTokensTest, AnotherUsersFolderIsNotWrittenTo) {
+  const std::string folder = dir_ / "outputs/of-sam";
+  v1::SubmitJobResponse response;
+  const auto request = [&](const std::string& output) {
+    return SubmitRequest(JobYaml(1, absl::StrCat("overwrite_output_dir: true\noutput_dir: ", output, "\n")));
+  };
+  ASSERT_TRUE(SubmitAs("sam", request(folder), &response).ok());
+  launcher_.End(response.job().id(), 1, 2);
+  ASSERT_TRUE(Reaches(response.job().id(), "FAILED"));
+  for (const std::string& output : {folder, folder + "/final", folder + "/../of-sam"}) {
+    const grpc::Status status = SubmitAs("sue", request(output), &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << output;
+    EXPECT_THAT(status.error_message(), HasSubstr("belongs to job")) << output;
+  }
+  for (const std::string& output : {std::string("/etc/x"), folder + "/../../x"}) {
+    EXPECT_THAT(SubmitAs("sue", request(output), &response).error_message(), HasSubstr("allowed_roots")) << output;
+  }
+  EXPECT_TRUE(SubmitAs("sue", request(folder + "-not"), &response).ok());
+  EXPECT_TRUE(SubmitAs("sam", request(folder), &response).ok());
+}
+
+TEST_F(ServicesWithTokensTest, AUserHasSoManyStreamsAndNoMore) {
+  v1::SubmitJobResponse response;
+  ASSERT_TRUE(SubmitAs("sam", SubmitRequest(JobYaml()), &response).ok());
+  struct Watch {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReader<v1::WatchJobResponse>> reader;
+  };
+  const auto open = [&] {
+    auto watch = std::make_unique<Watch>();
+    ActAs(&watch->context, "rita");
+    v1::WatchJobRequest request;
+    request.set_job_id(response.job().id());
+    watch->reader = stub_->WatchJob(&watch->context, request);
+    return watch;
+  };
+  v1::WatchJobResponse message;
+  auto first = open(), second = open();
+  ASSERT_TRUE(first->reader->Read(&message) && second->reader->Read(&message));
+  auto third = open();
+  EXPECT_FALSE(third->reader->Read(&message));
+  EXPECT_EQ(third->reader->Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  first->context.TryCancel();
+  while (first->reader->Read(&message)) {
+  }
+  first->reader->Finish();
+  EXPECT_TRUE(Eventually([&] {
+    auto again = open();
+    const bool opened = again->reader->Read(&message);
+    again->context.TryCancel();
+    again->reader->Finish();
+    return opened;
+  })) << "a stream that is over gives its place back";
+  second->context.TryCancel();
+  second->reader->Finish();
+}
+
+class ImpatientServicesTest : public ServicesTest {
+ protected:
+  ImpatientServicesTest() : ServicesTest(std::chrono::milliseconds(300)) {}
+};
+
+TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
+  RankClient client;
+  client.stream = v1::WorkerService::NewStub(channel_)->Attach(&client.context);
+  EXPECT_EQ(client.Drain().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  // One that has said it stays.
+  auto rank = AttachRightly(MustSubmit(JobYaml()).id());
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  EXPECT_TRUE(rank->stream->Write(HeartbeatMessage("train")));
+  rank->stream->WritesDone();
+  EXPECT_TRUE(rank->Drain().ok());
+}
+
+TEST_F(ImpatientServicesTest, AClientThatNeverReadsLosesItsStream) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  grpc::ClientContext context;
+  v1::WatchJobRequest request;
+  request.set_job_id(id);
+  const auto reader = stub_->WatchJob(&context, request);
+  auto rank = AttachRightly(id);
+  // More than lies in buffers on the way.
+  for (int step = 1; step <= 20; ++step) {
+    rank->Say(StepMessage(step));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  }
+  v1::WatchJobResponse message;
+  int64_t last = 0;
+  while (reader->Read(&message)) last = message.job().progress().step();
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  EXPECT_LT(last, 20);
 }
 
 }  // namespace

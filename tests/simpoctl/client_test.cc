@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <vector>
 
 #include "simpoctl/exit_codes.h"
@@ -81,6 +82,53 @@ TEST(CoordinatorAddress, FlagThenVariableThenDefault) {
   for (const char* wrong : {"host", ":1", "host:", "host:0", "host:65536", "host:x"}) {
     EXPECT_EQ(ExitCodeOf(CoordinatorAddress(wrong).status()), kExitUsage) << wrong;
   }
+}
+
+TEST(Token, FileThenVariable) {
+  const std::string file = ::testing::TempDir() + "/simpoctl_token";
+  std::ofstream(file) << "simpo_a_b\n";
+  setenv("SIMPO_TOKEN", "simpo_c_d", 1);
+  EXPECT_EQ(*TokenFor("127.0.0.1:1", file, false, false), "simpo_a_b");
+  EXPECT_EQ(*TokenFor("127.0.0.1:1", "", false, false), "simpo_c_d");
+  setenv("SIMPO_TOKEN", "two words", 1);
+  EXPECT_EQ(ExitCodeOf(TokenFor("127.0.0.1:1", "", false, false).status()), kExitUsage);
+  unsetenv("SIMPO_TOKEN");
+  EXPECT_EQ(*TokenFor("far.example:1", "", false, false), "");
+  EXPECT_THAT(std::string(TokenFor("127.0.0.1:1", "/no/such/file", false, false).status().message()),
+              HasSubstr("/no/such/file"));
+}
+
+TEST(Token, NeverTravelsToAnotherMachineInTheClear) {
+  setenv("SIMPO_TOKEN", "simpo_c_d", 1);
+  const absl::Status status = TokenFor("far.example:1", "", /*tls=*/false, /*insecure=*/false).status();
+  EXPECT_EQ(ExitCodeOf(status), kExitUsage);
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("--ca"), HasSubstr("--insecure")));
+  EXPECT_TRUE(TokenFor("far.example:1", "", /*tls=*/true, false).ok());
+  EXPECT_TRUE(TokenFor("far.example:1", "", false, /*insecure=*/true).ok());
+  for (const char* here : {"localhost:1", "[::1]:1", "127.0.0.9:1"}) EXPECT_TRUE(TokenFor(here, "", false, false).ok());
+  EXPECT_FALSE(TokenFor("127.evil.example:1", "", false, false).ok());
+  unsetenv("SIMPO_TOKEN");
+}
+
+TEST(Token, IsInEveryCallAndEveryStream) {
+  FakeService service;
+  std::vector<std::string> seen;
+  service.on_call = [&](const grpc::ServerContext& context) {
+    const auto found = context.client_metadata().find("authorization");
+    seen.push_back(found == context.client_metadata().end() ? ""
+                                                            : std::string(found->second.data(), found->second.size()));
+  };
+  service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse*) { return grpc::Status::OK; };
+  service.on_watch = [](grpc::ServerContext*, const v1::WatchJobRequest&, grpc::ServerWriter<v1::WatchJobResponse>*) {
+    return grpc::Status::OK;
+  };
+  Client client(service.address(), "simpoctl", {.token = "simpo_a_b"});
+  EXPECT_TRUE(client.GetJob("x").ok());
+  grpc::ClientContext context;
+  const auto stream = client.stub().WatchJob(&context, {});
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_TRUE(Client(service.address(), "simpoctl").GetJob("x").ok());
+  EXPECT_THAT(seen, ElementsAre("Bearer simpo_a_b", "Bearer simpo_a_b", ""));
 }
 
 TEST(ExitCodes, OfErrorsAndStates) {

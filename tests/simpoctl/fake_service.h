@@ -30,6 +30,7 @@ class FakeService final : public v1::TrainingService::Service {
 
   const std::string& address() const { return address_; }
 
+  std::function<void(const grpc::ServerContext&)> on_call = [](const grpc::ServerContext&) {};
   std::function<grpc::Status(const v1::SubmitJobRequest&, v1::SubmitJobResponse*)> on_submit;
   std::function<grpc::Status(const v1::GetJobRequest&, v1::GetJobResponse*)> on_get;
   std::function<grpc::Status(grpc::ServerContext*, const v1::WatchJobRequest&,
@@ -41,11 +42,14 @@ class FakeService final : public v1::TrainingService::Service {
                          v1::SubmitJobResponse* response) override {
     return on_submit(*request, response);
   }
-  grpc::Status GetJob(grpc::ServerContext*, const v1::GetJobRequest* request, v1::GetJobResponse* response) override {
+  grpc::Status GetJob(grpc::ServerContext* context, const v1::GetJobRequest* request,
+                      v1::GetJobResponse* response) override {
+    on_call(*context);
     return on_get(*request, response);
   }
   grpc::Status WatchJob(grpc::ServerContext* context, const v1::WatchJobRequest* request,
                         grpc::ServerWriter<v1::WatchJobResponse>* writer) override {
+    on_call(*context);
     return on_watch(context, *request, writer);
   }
 

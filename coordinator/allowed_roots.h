@@ -1,0 +1,43 @@
+#ifndef SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
+#define SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
+
+#include <filesystem>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "common/job_config.h"
+#include "common/job_config_yaml.h"
+
+namespace simpo {
+
+// The folders below which the paths of jobs must lie. Thread-safe.
+class AllowedRoots {
+ public:
+  AllowedRoots() = default;  // any path is allowed
+  // `outputs_dir` is always among them. `restricted` says whether they count now; with `roots` they always do.
+  AllowedRoots(std::filesystem::path outputs_dir, const std::vector<std::string>& roots,
+               std::function<bool()> restricted);
+
+  bool restricted() const { return restricted_ && restricted_(); }
+
+  // Why a job may not read this file, folder or glob, or "": symbolic links are resolved, also those in the folder.
+  // What is neither there nor an absolute path is a name of the hub and passes.
+  std::string ProblemOfInput(const std::string& value) const;
+  // Why a job may not write to this absolute folder, or "".
+  std::string ProblemOfOutput(const std::string& folder) const;
+  // Both, for every path of a job file that runs.
+  std::vector<FieldViolation> Check(const JobConfig& config) const;
+
+ private:
+  // Whether what the path stands for lies below a root; `itself`: or is one.
+  bool Holds(const std::filesystem::path& path, bool itself) const;
+  std::string Outside(const std::string& path) const;
+
+  std::vector<std::filesystem::path> roots_;  // without symbolic links
+  std::function<bool()> restricted_;
+};
+
+}  // namespace simpo
+
+#endif  // SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
