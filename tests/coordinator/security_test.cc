@@ -12,13 +12,13 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "certificates.h"
 #include "common/status_macros.h"
 #include "coordinator/server.h"
 #include "coordinator/tls.h"
 #include "coordinator/tokens.h"
 #include "simpo/v1/training_service.grpc.pb.h"
 #include "testing.h"
+#include "tests/certificates.h"
 
 namespace simpo {
 namespace {
