@@ -72,9 +72,10 @@ bool AllowedRoots::Holds(const fs::path& path, bool itself) const {
 }
 
 std::string AllowedRoots::Outside(const std::string& path) const {
-  return absl::StrCat("'", path, "' does not lie in a folder that this coordinator allows (",
-                      absl::StrJoin(roots_, ", ", [](std::string* out, const fs::path& root) { *out += root.string(); }),
-                      "), links resolved; put it there, or have its folder added to allowed_roots");
+  return absl::StrCat(
+      "'", path, "' does not lie in a folder that this coordinator allows (",
+      absl::StrJoin(roots_, ", ", [](std::string* out, const fs::path& root) { *out += root.string(); }),
+      "), links resolved; put it there, or have its folder added to allowed_roots");
 }
 
 std::string AllowedRoots::ProblemOfInput(const std::string& value) const {

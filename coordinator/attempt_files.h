@@ -36,9 +36,9 @@ struct AttemptSpec {
   bool resume_latest = false;
   std::string worker;  // programs
   std::string mpirun;
-  std::string log_dir;      // absolute
-  std::string output_dir;   // absolute
-  std::string coordinator;  // HOST:PORT
+  std::string log_dir;          // absolute
+  std::string output_dir;       // absolute
+  std::string coordinator;      // HOST:PORT
   int64_t log_limit_bytes = 0;  // of each log file; 0: no limit
 };
 

@@ -59,10 +59,10 @@ absl::StatusOr<Caller> Guard::Identify(const Credentials& credentials) {
   Caller caller{.peer = credentials.peer};
   if (options_.client_certificates) {
     if (!credentials.certificate) {
-      return WithReason(absl::UnauthenticatedError(
-                            "this coordinator asks for a client certificate: name yours with --cert and --key "
-                            "(SIMPO_CERT, SIMPO_KEY)"),
-                        "CERTIFICATE_MISSING");
+      return WithReason(
+          absl::UnauthenticatedError("this coordinator asks for a client certificate: name yours with --cert and --key "
+                                     "(SIMPO_CERT, SIMPO_KEY)"),
+          "CERTIFICATE_MISSING");
     }
     caller.user = credentials.certificate_name;
   }
@@ -115,12 +115,13 @@ absl::StatusOr<Caller> Guard::Admit(std::string_view method, const Credentials& 
     SIMPO_ASSIGN_OR_RETURN(caller, Identify(credentials));
     SIMPO_RETURN_IF_ERROR(CheckRate(caller));
     if (caller.role >= rule->role) return absl::OkStatus();
-    return WithReason(
-        absl::PermissionDeniedError(absl::StrCat(
-            "the token of ", caller.user, " has the role ", std::string(RoleName(caller.role)), "; ", ShortName(method),
-            " needs ", std::string(RoleName(rule->role)), ". An administrator makes such a token with `simpo-coordinator "
-            "token create --role ", std::string(RoleName(rule->role)), "`")),
-        "ROLE_TOO_LOW");
+    return WithReason(absl::PermissionDeniedError(absl::StrCat(
+                          "the token of ", caller.user, " has the role ", std::string(RoleName(caller.role)), "; ",
+                          ShortName(method), " needs ", std::string(RoleName(rule->role)),
+                          ". An administrator makes such a token with `simpo-coordinator "
+                          "token create --role ",
+                          std::string(RoleName(rule->role)), "`")),
+                      "ROLE_TOO_LOW");
   }();
   if (status.ok()) return caller;
   if (options_.audit != nullptr) {

@@ -53,9 +53,9 @@ class Server final : public HttpServer {
       setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
     });
     server_->Get("/metrics", [this](const httplib::Request& request, httplib::Response& response) {
-      const absl::Status status = options_.admit ? options_.admit(request.get_header_value("Authorization"),
-                                                                  request.remote_addr)
-                                                 : absl::OkStatus();
+      const absl::Status status = options_.admit
+                                      ? options_.admit(request.get_header_value("Authorization"), request.remote_addr)
+                                      : absl::OkStatus();
       if (!status.ok()) {
         response.status = absl::IsUnauthenticated(status) ? 401 : 403;
         if (response.status == 401) response.set_header("WWW-Authenticate", "Bearer");

@@ -10,6 +10,7 @@
 #include "coordinator/job_state.h"
 #include "coordinator/launcher.h"
 #include "coordinator/log_reader.h"
+#include "coordinator/rpc_errors.h"
 
 namespace simpo {
 namespace {
@@ -67,22 +68,25 @@ absl::Status WatchStream::Fill(const JobView& view, v1::WatchJobResponse* respon
 
 absl::Status LogStream::Check(const v1::StreamLogsRequest& request, const JobView& view) {
   const int attempts = static_cast<int>(view.attempts.size());
+  std::vector<FieldViolation> violations;
   if (request.attempt() < 0 || request.attempt() > attempts) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("job ", view.job.id(), " has no attempt ", request.attempt(), "; it has had ", attempts));
+    violations.push_back(
+        {"attempt", 0,
+         absl::StrCat("job ", view.job.id(), " has no attempt ", request.attempt(), "; it has had ", attempts)});
   }
   if (request.rank() < -1 || request.rank() >= view.job.ranks()) {
-    return absl::InvalidArgumentError(absl::StrCat("job ", view.job.id(), " has no rank ", request.rank(),
-                                                   "; its ranks are 0 to ", view.job.ranks() - 1,
-                                                   ", and -1 is the launcher"));
+    violations.push_back({"rank", 0,
+                          absl::StrCat("job ", view.job.id(), " has no rank ", request.rank(), "; its ranks are 0 to ",
+                                       view.job.ranks() - 1, ", and -1 is the launcher")});
   }
-  if (request.tail_lines() < 0) return absl::InvalidArgumentError("tail_lines is negative");
-  if (request.cursor().empty()) return absl::OkStatus();
-  const std::optional<LogCursor> cursor = ParseCursor(request.cursor());
-  if (!cursor || cursor->attempt > attempts) {
-    return absl::InvalidArgumentError(absl::StrCat("'", request.cursor(), "' is no cursor of this job's logs"));
+  if (request.tail_lines() < 0) violations.push_back({"tail_lines", 0, "it is negative"});
+  if (!request.cursor().empty()) {
+    const std::optional<LogCursor> cursor = ParseCursor(request.cursor());
+    if (!cursor || cursor->attempt > attempts) {
+      violations.push_back({"cursor", 0, absl::StrCat("'", request.cursor(), "' is no cursor of this job's logs")});
+    }
   }
-  return absl::OkStatus();
+  return violations.empty() ? absl::OkStatus() : BadFieldsError(violations);
 }
 
 LogStream::LogStream(StreamPump& pump, const JobViews& views, std::string job_id, const v1::StreamLogsRequest& request)

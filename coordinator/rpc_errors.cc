@@ -2,6 +2,7 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "simpo/v1/error_details.pb.h"
 
@@ -23,10 +24,8 @@ std::string Shortened(absl::string_view message) {
   return absl::StrCat(kept, "\n... and more; `simpoctl submit --dry-run` lists everything");
 }
 
-}  // namespace
-
-absl::Status BadRequestError(const std::vector<FieldViolation>& violations, std::string_view file_name) {
-  absl::Status status = absl::InvalidArgumentError(FormatViolations(violations, file_name));
+absl::Status WithViolations(const std::string& message, const std::vector<FieldViolation>& violations) {
+  absl::Status status = absl::InvalidArgumentError(message);
   v1::BadRequest details;
   for (const FieldViolation& violation : violations) {
     v1::BadRequest::FieldViolation& field = *details.add_field_violations();
@@ -38,7 +37,20 @@ absl::Status BadRequestError(const std::vector<FieldViolation>& violations, std:
     }
   }
   status.SetPayload(kBadRequestType, absl::Cord(details.SerializeAsString()));
-  return WithReason(std::move(status), "BAD_JOB");
+  return status;
+}
+
+}  // namespace
+
+absl::Status BadRequestError(const std::vector<FieldViolation>& violations, std::string_view file_name) {
+  return WithReason(WithViolations(FormatViolations(violations, file_name), violations), "BAD_JOB");
+}
+
+absl::Status BadFieldsError(const std::vector<FieldViolation>& violations) {
+  const std::string message = absl::StrJoin(violations, "; ", [](std::string* out, const FieldViolation& violation) {
+    absl::StrAppend(out, violation.field, ": ", violation.description);
+  });
+  return WithReason(WithViolations(message, violations), "BAD_REQUEST");
 }
 
 absl::Status WithReason(absl::Status status, std::string_view reason) {

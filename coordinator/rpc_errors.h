@@ -16,6 +16,9 @@ namespace simpo {
 // google.rpc.BadRequest among the payloads.
 absl::Status BadRequestError(const std::vector<FieldViolation>& violations, std::string_view file_name);
 
+// The same for the fields of a request that is no job file.
+absl::Status BadFieldsError(const std::vector<FieldViolation>& violations);
+
 // `status` with a stable reason, for programs, as google.rpc.ErrorInfo among the payloads.
 absl::Status WithReason(absl::Status status, std::string_view reason);
 

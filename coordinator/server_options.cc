@@ -125,9 +125,9 @@ absl::Status CheckAddress(const std::string& flag, const std::string& text, cons
         "a way to tell who calls (make a token with `simpo-coordinator token create`, or give --tls-client-ca)");
   }
   if (missing.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(
-      flag, " ", text, " can be reached from other machines; that needs ", absl::StrJoin(missing, " and "),
-      ". Or use 127.0.0.1, or add --insecure when the network is yours alone"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(flag, " ", text, " can be reached from other machines; that needs ", absl::StrJoin(missing, " and "),
+                   ". Or use 127.0.0.1, or add --insecure when the network is yours alone"));
 }
 
 // `nodes: [{name: a, slots: 8, labels: {gpu: h100}}]`. Returns what is wrong with it, or nothing.
@@ -257,8 +257,8 @@ absl::Status MakeDataDir(const fs::path& dir) {
 absl::Status CompleteServerOptions(ServerOptions* options) {
   if (options->data_dir.empty()) return NoDataDir();
   options->data_dir = fs::absolute(options->data_dir).lexically_normal().string();
-  for (std::string ServerOptions::*file : {&ServerOptions::tls_cert, &ServerOptions::tls_key,
-                                           &ServerOptions::tls_client_ca, &ServerOptions::tls_ca}) {
+  for (std::string ServerOptions::*file :
+       {&ServerOptions::tls_cert, &ServerOptions::tls_key, &ServerOptions::tls_client_ca, &ServerOptions::tls_ca}) {
     if (!(options->*file).empty()) options->*file = fs::absolute(options->*file).lexically_normal().string();
   }
   SIMPO_RETURN_IF_ERROR(CheckTls(options->Tls()));

@@ -31,10 +31,10 @@ struct ServerOptions {
   std::string tls_ca;                      // by which ranks know this coordinator; empty: tls_cert
   std::vector<std::string> allowed_roots;  // for the paths of jobs, besides the outputs folder
   double calls_per_second = 100;           // of each user with a token; 0: no limit
-  double heartbeat_timeout_s = 30;  // of a rank
-  double attach_timeout_s = 600;    // from mpirun's start to a rank's first word
-  double stop_grace_s = 120;        // for a checkpoint before a cancelled job is ended by force
-  double restart_pause_s = 1;       // before the second attempt; doubles with each further one
+  double heartbeat_timeout_s = 30;         // of a rank
+  double attach_timeout_s = 600;           // from mpirun's start to a rank's first word
+  double stop_grace_s = 120;               // for a checkpoint before a cancelled job is ended by force
+  double restart_pause_s = 1;              // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
   int log_limit_mb = 256;          // of each log file of an attempt; 0: no limit
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page

@@ -131,8 +131,8 @@ class FedStream : public grpc::ServerWriteReactor<Response>,
   Response response_;
   std::shared_ptr<FedStream> self_;
   std::mutex mutex_;
-  bool writing_ = false;  // guarded by mutex_; response_ is on its way
-  bool broken_ = false;   // guarded by mutex_
+  bool writing_ = false;                               // guarded by mutex_; response_ is on its way
+  bool broken_ = false;                                // guarded by mutex_
   std::chrono::steady_clock::time_point write_begin_;  // guarded by mutex_; of the write on its way
 };
 

@@ -29,7 +29,7 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds kTermGrace{5'000};  // from SIGTERM to SIGKILL
 constexpr milliseconds kLookAtLogs{1'000};
-constexpr int kCannotStart = 127;          // as a shell says it
+constexpr int kCannotStart = 127;  // as a shell says it
 
 int64_t UnixMillis() {
   return std::chrono::duration_cast<milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();

@@ -106,8 +106,7 @@ absl::StatusOr<std::string> NameToCheck(const std::string& cert_file, const std:
   if (X509_check_host(x509, host.c_str(), host.size(), 0, nullptr) == 1) return std::string();
   if (X509_check_ip_asc(x509, host.c_str(), 0) == 1) return std::string();
   const std::unique_ptr<GENERAL_NAMES, decltype(&GENERAL_NAMES_free)> names(
-      static_cast<GENERAL_NAMES*>(X509_get_ext_d2i(x509, NID_subject_alt_name, nullptr, nullptr)),
-      &GENERAL_NAMES_free);
+      static_cast<GENERAL_NAMES*>(X509_get_ext_d2i(x509, NID_subject_alt_name, nullptr, nullptr)), &GENERAL_NAMES_free);
   for (int i = 0; names && i < sk_GENERAL_NAME_num(names.get()); ++i) {
     const GENERAL_NAME* name = sk_GENERAL_NAME_value(names.get(), i);
     if (name->type != GEN_DNS) continue;

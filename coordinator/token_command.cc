@@ -58,8 +58,7 @@ absl::Status List(const std::filesystem::path& file) {
   for (const Token& token : *tokens) {
     const bool over = token.expires_s != 0 && token.expires_s <= now_s;
     absl::StrAppend(&table, absl::StrFormat("%-10s %-8s %-24s %-18s %s%s\n", token.id, RoleName(token.role), token.user,
-                                            Day(token.created_s),
-                                            token.expires_s == 0 ? "never" : Day(token.expires_s),
+                                            Day(token.created_s), token.expires_s == 0 ? "never" : Day(token.expires_s),
                                             over ? " (expired)" : ""));
   }
   std::printf("%s", table.c_str());
@@ -78,9 +77,8 @@ void AddTokenCommands(CLI::App& app, std::function<absl::Status(const std::files
       ->check(CLI::IsMember({"read", "submit", "admin"}));
   create->add_option("--user", options->user, "Whose it is; their jobs carry this name")->required();
   create->add_option("--days", options->days, "Days until it expires; 0: never")->capture_default_str();
-  create->fallthrough()->callback([run, options] {
-    *run = [options](const std::filesystem::path& file) { return Create(file, *options); };
-  });
+  create->fallthrough()->callback(
+      [run, options] { *run = [options](const std::filesystem::path& file) { return Create(file, *options); }; });
   CLI::App* list = token->add_subcommand("list", "List the tokens by their ids");
   list->fallthrough()->callback([run] { *run = &List; });
   CLI::App* revoke = token->add_subcommand("revoke", "Make a token useless, at once");

@@ -68,10 +68,10 @@ class TokenStore {
 
   const std::filesystem::path file_;
   std::mutex mutex_;
-  bool required_ = false;       // guarded by mutex_
-  struct stat seen_ = {};       // guarded by mutex_; of the file that was read last
-  absl::Status status_;         // guarded by mutex_; of reading it
-  std::vector<Token> tokens_;   // guarded by mutex_
+  bool required_ = false;      // guarded by mutex_
+  struct stat seen_ = {};      // guarded by mutex_; of the file that was read last
+  absl::Status status_;        // guarded by mutex_; of reading it
+  std::vector<Token> tokens_;  // guarded by mutex_
 };
 
 }  // namespace simpo

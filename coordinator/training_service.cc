@@ -28,8 +28,6 @@ constexpr int kMaxJobs = 1000;
 constexpr int kDefaultPoints = 1000;
 constexpr int kMaxPoints = 10'000;
 
-constexpr std::chrono::seconds kLongestCall{60};  // when the disk hangs, a call does not hang with it
-
 // One unary call: admits its caller, answers it, and notes how long it took and what came of it. A method that does
 // not begin with one, and with its answer(), has not asked whether it may go on.
 class UnaryCall {
@@ -64,7 +62,8 @@ class UnaryCall {
   // asks Claim() before it touches the response.
   void LimitTime() const {
     // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
-    state_->alarm.Set(std::chrono::system_clock::now() + kLongestCall, [weak = std::weak_ptr(state_)](bool rang) {
+    state_->alarm.Set(std::chrono::system_clock::now() + state_->parts.longest_call, [weak = std::weak_ptr(state_)](
+                                                                                         bool rang) {
       const std::shared_ptr<State> state = weak.lock();
       if (!rang || !state || state->claimed.exchange(true)) return;
       UnaryCall(state).Answer(absl::DeadlineExceededError(
@@ -111,9 +110,9 @@ class EndedStream final : public grpc::ServerWriteReactor<Response> {
   void OnDone() override { delete this; }
 };
 
-absl::Status CheckPageSize(int size, int max) {
-  if (size >= 0 && size <= max) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("page_size is ", size, "; it must be 1 to ", max));
+void CheckPageSize(int size, int max, std::vector<FieldViolation>* violations) {
+  if (size >= 0 && size <= max) return;
+  violations->push_back({"page_size", 0, absl::StrCat("it is ", size, "; it must be 1 to ", max)});
 }
 
 // The answer to a request_id that is known already.
@@ -289,12 +288,14 @@ grpc::ServerUnaryReactor* TrainingService::GetJob(grpc::CallbackServerContext* c
 }
 
 absl::Status TrainingService::ListJobsNow(const v1::ListJobsRequest& request, v1::ListJobsResponse* response) {
-  SIMPO_RETURN_IF_ERROR(CheckPageSize(request.page_size(), kMaxJobs));
+  std::vector<FieldViolation> violations;
+  CheckPageSize(request.page_size(), kMaxJobs, &violations);
   const int size = request.page_size() == 0 ? kDefaultJobs : request.page_size();
   int64_t before = 0;  // sequence of the last job of the page before
   if (!request.page_token().empty() && (!absl::SimpleAtoi(request.page_token(), &before) || before < 1)) {
-    return absl::InvalidArgumentError("page_token is not one that ListJobs has given");
+    violations.push_back({"page_token", 0, "it is not one that ListJobs has given"});
   }
+  if (!violations.empty()) return BadFieldsError(violations);
   const std::vector<JobViews::View> all = parts_.views.All();
   for (auto view = all.rbegin(); view != all.rend(); ++view) {
     if ((before != 0 && (*view)->sequence >= before) || !Matches(request, (*view)->job)) continue;
@@ -319,12 +320,14 @@ grpc::ServerUnaryReactor* TrainingService::ListJobs(grpc::CallbackServerContext*
 }
 
 absl::Status TrainingService::ListMetricsNow(const v1::ListMetricsRequest& request, v1::ListMetricsResponse* response) {
-  SIMPO_RETURN_IF_ERROR(CheckPageSize(request.page_size(), kMaxPoints));
+  std::vector<FieldViolation> violations;
+  CheckPageSize(request.page_size(), kMaxPoints, &violations);
   const int size = request.page_size() == 0 ? kDefaultPoints : request.page_size();
   const std::string split = request.split().empty() ? "train" : request.split();
   if (split != "train" && split != "eval") {
-    return absl::InvalidArgumentError(absl::StrCat("split is '", split, "'; it must be train or eval"));
+    violations.push_back({"split", 0, absl::StrCat("it is '", split, "'; it must be train or eval")});
   }
+  if (!violations.empty()) return BadFieldsError(violations);
   SIMPO_ASSIGN_OR_RETURN(const JobViews::View view, parts_.views.Find(request.job_id()));
   // One more than asked for tells whether there are more.
   SIMPO_ASSIGN_OR_RETURN(std::vector<v1::MetricPoint> points,
@@ -368,7 +371,8 @@ absl::StatusOr<std::shared_ptr<void>> TrainingService::OpenStream(const char* me
 
 grpc::ServerWriteReactor<v1::WatchJobResponse>* TrainingService::WatchJob(grpc::CallbackServerContext* context,
                                                                           const v1::WatchJobRequest* request) {
-  const absl::StatusOr<std::shared_ptr<void>> place = OpenStream("TrainingService/WatchJob", *context, request->job_id());
+  const absl::StatusOr<std::shared_ptr<void>> place =
+      OpenStream("TrainingService/WatchJob", *context, request->job_id());
   if (!place.ok()) return new EndedStream<v1::WatchJobResponse>(place.status());
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
   if (!view.ok()) return new EndedStream<v1::WatchJobResponse>(view.status());

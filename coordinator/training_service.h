@@ -1,6 +1,7 @@
 #ifndef SIMPO_COORDINATOR_TRAINING_SERVICE_H_
 #define SIMPO_COORDINATOR_TRAINING_SERVICE_H_
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -44,6 +45,7 @@ class TrainingService final : public v1::TrainingService::CallbackService {
     const ServerFacts& facts;
     Guard& guard;
     const AllowedRoots& roots;
+    std::chrono::milliseconds longest_call = std::chrono::minutes(1);  // when the disk hangs, no call hangs with it
   };
   explicit TrainingService(Parts parts) : parts_(parts) {}
 

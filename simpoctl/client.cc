@@ -165,8 +165,8 @@ absl::StatusOr<std::string> TokenFor(const std::string& address, const std::stri
   }
   if (token.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") !=
       std::string::npos) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        file_flag.empty() ? "SIMPO_TOKEN" : "--token-file", " holds no token: one line of letters and digits"));
+    return absl::InvalidArgumentError(absl::StrCat(file_flag.empty() ? "SIMPO_TOKEN" : "--token-file",
+                                                   " holds no token: one line of letters and digits"));
   }
   if (!token.empty() && !tls && !insecure && !IsThisMachine(address)) {
     return absl::InvalidArgumentError(

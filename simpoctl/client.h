@@ -24,8 +24,7 @@ absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag);
 
 // The token: of the file that the flag names, else SIMPO_TOKEN; "" when there is none. INVALID_ARGUMENT when the file
 // cannot be read, or a token would travel to another machine in the clear.
-absl::StatusOr<std::string> TokenFor(const std::string& address, const std::string& file_flag, bool tls,
-                                     bool insecure);
+absl::StatusOr<std::string> TokenFor(const std::string& address, const std::string& file_flag, bool tls, bool insecure);
 
 // The coordinator as the commands see it. Every call has a deadline; an error's message says what to
 // do about it. Connects at the first call.

@@ -13,8 +13,8 @@ namespace simpo {
 // What the command line asked for. Each Add...() declares a command with its options, and puts what is
 // to be done into `run` when the command is the one that was given. `run` returns the exit code.
 struct CommandLine {
-  std::string address;                               // --address; empty: not given
-  std::string token_file, ca, cert, key;             // likewise
+  std::string address;                    // --address; empty: not given
+  std::string token_file, ca, cert, key;  // likewise
   bool insecure = false;
   std::function<absl::StatusOr<int>(Client&)> run;   // needs a coordinator
   std::function<absl::StatusOr<int>()> run_offline;  // needs none

@@ -19,9 +19,9 @@ namespace {
 // How the same coordinator is reached in the commands that we advise.
 std::string OwnCommand(const CommandLine& line) {
   std::string command = "simpoctl";
-  for (const auto& [flag, value] : {std::pair("--address", line.address), std::pair("--token-file", line.token_file),
-                                    std::pair("--ca", line.ca), std::pair("--cert", line.cert),
-                                    std::pair("--key", line.key)}) {
+  for (const auto& [flag, value] :
+       {std::pair("--address", line.address), std::pair("--token-file", line.token_file), std::pair("--ca", line.ca),
+        std::pair("--cert", line.cert), std::pair("--key", line.key)}) {
     if (!value.empty()) absl::StrAppend(&command, " ", flag, " ", value);
   }
   if (line.insecure) command += " --insecure";

@@ -44,9 +44,8 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectToCoordinator(const Coordi
   if (!tls.name.empty()) arguments.SetSslTargetNameOverride(tls.name);
   const std::shared_ptr<grpc::ChannelCredentials> credentials =
       texts.ca.empty() ? grpc::InsecureChannelCredentials()
-                       : grpc::SslCredentials({.pem_root_certs = texts.ca,
-                                               .pem_private_key = texts.key,
-                                               .pem_cert_chain = texts.cert});
+                       : grpc::SslCredentials(
+                             {.pem_root_certs = texts.ca, .pem_private_key = texts.key, .pem_cert_chain = texts.cert});
   return grpc::CreateCustomChannel(*address, credentials, arguments);
 }
 

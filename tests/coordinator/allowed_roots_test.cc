@@ -92,12 +92,12 @@ TEST_F(AllowedRootsTest, RestrictedOnlyWhenAsked) {
 }
 
 TEST_F(AllowedRootsTest, ASubmissionIsToldOfEveryPathAndNothingOfWhatIsThere) {
-  const std::string yaml = absl::StrCat("model_name_or_path: ", (dir_ / "outside/secret.jsonl").string(),
-                                        "\ntokenizer_name_or_path: ", (dir_ / "outside/nothing").string(),
-                                        "\nchat_template: ", (dir_ / "outside/secret.jsonl").string(),
-                                        "\ndataset_mixer: {", (dir_ / "allowed/../outside").string(),
-                                        ": 1.0}\neval_dataset_mixer: {/etc/passwd: 1.0}\nresume_from_checkpoint: ",
-                                        (dir_ / "outside").string(), "\n");
+  const std::string yaml = absl::StrCat(
+      "model_name_or_path: ", (dir_ / "outside/secret.jsonl").string(),
+      "\ntokenizer_name_or_path: ", (dir_ / "outside/nothing").string(),
+      "\nchat_template: ", (dir_ / "outside/secret.jsonl").string(), "\ndataset_mixer: {",
+      (dir_ / "allowed/../outside").string(),
+      ": 1.0}\neval_dataset_mixer: {/etc/passwd: 1.0}\nresume_from_checkpoint: ", (dir_ / "outside").string(), "\n");
   const Submission submission = CheckSubmission(SubmitRequest(yaml), 4, roots_);
   std::vector<std::string> fields;
   for (const FieldViolation& violation : submission.violations) {

@@ -87,8 +87,7 @@ TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
 
 TEST_F(LauncherTest, ALogThatGrowsTooLargeBeginsAnewAndSaysSo) {
   log_limit_bytes_ = 20'000;
-  Launcher("", absl::StrCat(
-                            "for i in 1 2 3 4 5 6; do head -c 30000 /dev/zero | tr '\\0' x; echo; sleep 0.5; done; ",
+  Launcher("", absl::StrCat("for i in 1 2 3 4 5 6; do head -c 30000 /dev/zero | tr '\\0' x; echo; sleep 0.5; done; ",
                             "echo last words; exit 75"));
   ASSERT_OK(launcher_->Start(Request()));
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();

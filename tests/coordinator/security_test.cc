@@ -12,13 +12,13 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "certificates.h"
 #include "common/status_macros.h"
 #include "coordinator/server.h"
 #include "coordinator/tls.h"
 #include "coordinator/tokens.h"
 #include "simpo/v1/training_service.grpc.pb.h"
 #include "testing.h"
+#include "tests/certificates.h"
 
 namespace simpo {
 namespace {
@@ -79,11 +79,10 @@ class SecurityTest : public ::testing::Test {
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
     if (!name.empty()) arguments.SetSslTargetNameOverride(name);
-    auto credentials = authority == nullptr
-                           ? grpc::InsecureChannelCredentials()
-                           : grpc::SslCredentials({.pem_root_certs = authority->cert,
-                                                   .pem_private_key = own == nullptr ? "" : own->key,
-                                                   .pem_cert_chain = own == nullptr ? "" : own->cert});
+    auto credentials = authority == nullptr ? grpc::InsecureChannelCredentials()
+                                            : grpc::SslCredentials({.pem_root_certs = authority->cert,
+                                                                    .pem_private_key = own == nullptr ? "" : own->key,
+                                                                    .pem_cert_chain = own == nullptr ? "" : own->cert});
     return grpc::CreateCustomChannel(address, credentials, arguments);
   }
   static grpc::Status List(const std::shared_ptr<grpc::Channel>& channel, const std::string& token = "",
@@ -212,7 +211,8 @@ TEST_F(SecurityTest, AnOpenAddressNeedsTlsAndCredentials) {
   EXPECT_TRUE(check(with(open, {"--insecure"})).ok());
   EXPECT_TRUE(check(with(with(open, tls), {"--tls-client-ca", ca})).ok());
   EXPECT_TRUE(check(open, absl::StrCat("tls: {cert: ", cert, ", key: ", key, ", client_ca: ", ca, "}\n")).ok());
-  EXPECT_THAT(std::string(check(open, "tls: {cart: x}\n").message()), HasSubstr("config.yaml:1: unknown key 'tls_cart'"));
+  EXPECT_THAT(std::string(check(open, "tls: {cart: x}\n").message()),
+              HasSubstr("config.yaml:1: unknown key 'tls_cart'"));
   NewTokenOf(Role::kRead, "rita");
   EXPECT_TRUE(check(with(open, tls)).ok());
   EXPECT_FALSE(check(open).ok()) << "a token in the clear is everybody's";
@@ -386,8 +386,10 @@ TEST_F(SecurityTest, TheMetricsPageOnAnOpenAddress) {
 
 // Everything that a job's programs and the coordinator leave behind, but the secret's own file.
 TEST_F(SecurityTest, AnAttemptsSecretIsOnNoCommandLineAndInNoLog) {
-  const std::string look = absl::StrCat("(echo \"$0 $@\"; env; for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; "
-                                        "done) >> ", (dir_ / "seen").string(), " 2>/dev/null");
+  const std::string look = absl::StrCat(
+      "(echo \"$0 $@\"; env; for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; "
+      "done) >> ",
+      (dir_ / "seen").string(), " 2>/dev/null");
   Script("worker", look + "\necho from the worker\nexit 0");
   Script("mpirun", look + "\necho from mpirun\nexit 1");
   ServerOptions options = TlsOptions();

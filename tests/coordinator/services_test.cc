@@ -27,7 +27,13 @@ using ::testing::HasSubstr;
 
 class ServicesTest : public ::testing::Test {
  protected:
-  explicit ServicesTest(std::chrono::milliseconds patience = std::chrono::minutes(1)) : pump_(patience) {
+  struct Times {
+    std::chrono::milliseconds patience = std::chrono::minutes(1);
+    std::chrono::milliseconds longest_call = std::chrono::minutes(1);
+    bool start = true;  // the controller
+  };
+  ServicesTest() : ServicesTest(Times()) {}
+  explicit ServicesTest(const Times& times) : pump_(times.patience) {
     stores_ = Stores::Open(dir_ / "test.db");
     facts_ = {.version = "1.2.3", .data_dir = dir_.path().string(), .hostname = "here", .slots_total = 4};
     Dispatcher::Options options;
@@ -46,15 +52,16 @@ class ServicesTest : public ::testing::Test {
                                              .rpc_stats = rpc_stats_,
                                              .facts = facts_,
                                              .guard = guard_,
-                                             .roots = roots_});
-    workers_.emplace(*controller_, views_, std::min(patience, std::chrono::milliseconds(10'000)));
+                                             .roots = roots_,
+                                             .longest_call = times.longest_call});
+    workers_.emplace(*controller_, views_, std::min(times.patience, std::chrono::milliseconds(10'000)));
     grpc::ServerBuilder builder;
     builder.RegisterService(&*training_);
     builder.RegisterService(&*workers_);
     server_ = builder.BuildAndStart();
     channel_ = server_->InProcessChannel(grpc::ChannelArguments());
     stub_ = v1::TrainingService::NewStub(channel_);
-    controller_->Start(launcher_);
+    if (times.start) controller_->Start(launcher_);
   }
   ~ServicesTest() override {
     pump_.Stop();
@@ -776,7 +783,7 @@ TEST_F(ServicesWithTokensTest, AUserHasSoManyStreamsAndNoMore) {
 
 class ImpatientServicesTest : public ServicesTest {
  protected:
-  ImpatientServicesTest() : ServicesTest(std::chrono::milliseconds(300)) {}
+  ImpatientServicesTest() : ServicesTest({.patience = std::chrono::milliseconds(300)}) {}
 };
 
 TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
@@ -789,6 +796,64 @@ TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
   EXPECT_TRUE(rank->stream->Write(HeartbeatMessage("train")));
   rank->stream->WritesDone();
   EXPECT_TRUE(rank->Drain().ok());
+}
+
+class StalledServicesTest : public ServicesTest {
+ protected:
+  StalledServicesTest() : ServicesTest({.longest_call = std::chrono::milliseconds(200), .start = false}) {}
+};
+
+// As when the disk hangs: the caller is told, and what comes of it later is the job that the same request finds.
+TEST_F(StalledServicesTest, ACallThatCannotBeStoredEnds) {
+  v1::SubmitJobResponse response;
+  const grpc::Status status = Submit(SubmitRequest(JobYaml(), "request-1"), &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(status.error_message(), HasSubstr("request_id"));
+  controller_->Start(launcher_);
+  ASSERT_TRUE(Eventually([&] { return views_.All().size() == 1; }));
+  ASSERT_TRUE(Submit(SubmitRequest(JobYaml(), "request-1"), &response).ok());
+  EXPECT_TRUE(response.already_existed());
+}
+
+TEST_F(ServicesTest, EveryBadFieldOfARequestIsToldAtOnce) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  const auto fields = [](const grpc::Status& status) {
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << status.error_message();
+    v1::RpcStatus details;
+    EXPECT_TRUE(details.ParseFromString(status.error_details()));
+    std::string names;
+    for (const google::protobuf::Any& any : details.details()) {
+      v1::BadRequest bad_request;
+      if (any.type_url() == "type.googleapis.com/google.rpc.BadRequest") bad_request.ParseFromString(any.value());
+      for (const auto& violation : bad_request.field_violations()) absl::StrAppend(&names, violation.field(), " ");
+    }
+    return names;
+  };
+  {
+    grpc::ClientContext context;
+    v1::ListJobsRequest request;
+    request.set_page_size(-1);
+    request.set_page_token("x");
+    v1::ListJobsResponse response;
+    EXPECT_EQ(fields(stub_->ListJobs(&context, request, &response)), "page_size page_token ");
+  }
+  {
+    grpc::ClientContext context;
+    v1::ListMetricsRequest request;
+    request.set_job_id(id);
+    request.set_page_size(1 << 20);
+    request.set_split("test");
+    v1::ListMetricsResponse response;
+    EXPECT_EQ(fields(stub_->ListMetrics(&context, request, &response)), "page_size split ");
+  }
+  grpc::ClientContext context;
+  v1::StreamLogsRequest request;
+  request.set_job_id(id);
+  request.set_attempt(7);
+  request.set_rank(9);
+  request.set_tail_lines(-1);
+  request.set_cursor("x");
+  EXPECT_EQ(fields(stub_->StreamLogs(&context, request)->Finish()), "attempt rank tail_lines cursor ");
 }
 
 TEST_F(ImpatientServicesTest, AClientThatNeverReadsLosesItsStream) {

@@ -190,18 +190,17 @@ service Asking {
 }
 )";
   Parsed parsed(dir.path().string());
-  EXPECT_THAT(Lint().Check(*parsed.File("other/bad.proto")),
-              ::testing::UnorderedElementsAre(
-                  "other/bad.proto lies outside the folder of its package",
-                  "simpo.v1.RED must begin with COLOUR_",
-                  "simpo.v1.RED is the zero value: it must be COLOUR_UNSPECIFIED",
-                  "simpo.v1.COLOUR_BLUE has no comment", "simpo.v1.thing is not PascalCase",
-                  "simpo.v1.thing has no comment", "simpo.v1.thing.someName is not lower_snake_case",
-                  "simpo.v1.thing.other has no comment", "simpo.v1.AskRequest.Which is not lower_snake_case",
-                  "simpo.v1.Asking must be PascalCase and end in Service", "simpo.v1.Asking has no comment",
-                  "simpo.v1.Asking.Ask has no comment", "simpo.v1.Asking.Ask must return AskResponse",
-                  "simpo.v1.Asking.again is not PascalCase", "simpo.v1.Asking.again must take againRequest",
-                  "simpo.v1.Asking.again must return againResponse"));
+  EXPECT_THAT(
+      Lint().Check(*parsed.File("other/bad.proto")),
+      ::testing::UnorderedElementsAre(
+          "other/bad.proto lies outside the folder of its package", "simpo.v1.RED must begin with COLOUR_",
+          "simpo.v1.RED is the zero value: it must be COLOUR_UNSPECIFIED", "simpo.v1.COLOUR_BLUE has no comment",
+          "simpo.v1.thing is not PascalCase", "simpo.v1.thing has no comment",
+          "simpo.v1.thing.someName is not lower_snake_case", "simpo.v1.thing.other has no comment",
+          "simpo.v1.AskRequest.Which is not lower_snake_case", "simpo.v1.Asking must be PascalCase and end in Service",
+          "simpo.v1.Asking has no comment", "simpo.v1.Asking.Ask has no comment",
+          "simpo.v1.Asking.Ask must return AskResponse", "simpo.v1.Asking.again is not PascalCase",
+          "simpo.v1.Asking.again must take againRequest", "simpo.v1.Asking.again must return againResponse"));
 }
 
 // --- compatibility
@@ -214,7 +213,10 @@ std::string TypeOf(const pb::FieldDescriptor& field) {
   const std::string type = field.message_type() != nullptr ? field.message_type()->full_name()
                            : field.enum_type() != nullptr  ? field.enum_type()->full_name()
                                                            : field.type_name();
-  return absl::StrCat(field.is_repeated() ? "repeated " : field.has_optional_keyword() ? "optional " : "", type,
+  return absl::StrCat(field.is_repeated()            ? "repeated "
+                      : field.has_optional_keyword() ? "optional "
+                                                     : "",
+                      type,
                       field.real_containing_oneof() == nullptr ? "" : " of " + field.real_containing_oneof()->name());
 }
 
@@ -245,8 +247,8 @@ std::vector<std::string> Describe(const pb::FileDescriptor& file) {
     for (int m = 0; m < file.service(i)->method_count(); ++m) {
       const pb::MethodDescriptor& method = *file.service(i)->method(m);
       lines.push_back(absl::StrCat("rpc ", method.full_name(), " ", method.client_streaming() ? "stream " : "",
-                                   method.input_type()->full_name(), " -> ",
-                                   method.server_streaming() ? "stream " : "", method.output_type()->full_name()));
+                                   method.input_type()->full_name(), " -> ", method.server_streaming() ? "stream " : "",
+                                   method.output_type()->full_name()));
     }
   }
   return lines;
@@ -308,10 +310,9 @@ TEST(ProtoCompatibility, EveryIncompatibleChangeIsSeen) {
   EXPECT_THAT(BrokenBy([](pb::DescriptorProto* job) { job->mutable_field()->DeleteSubrange(0, 1); }), id_gone);
   EXPECT_THAT(BrokenBy([](pb::DescriptorProto* job) { job->mutable_field(0)->set_number(1000); }), id_gone);
   EXPECT_THAT(BrokenBy([](pb::DescriptorProto* job) { job->mutable_field(0)->set_name("name_of_it"); }), id_gone);
-  EXPECT_THAT(BrokenBy([](pb::DescriptorProto* job) {
-                job->mutable_field(0)->set_type(pb::FieldDescriptorProto::TYPE_BYTES);
-              }),
-              id_gone);
+  EXPECT_THAT(
+      BrokenBy([](pb::DescriptorProto* job) { job->mutable_field(0)->set_type(pb::FieldDescriptorProto::TYPE_BYTES); }),
+      id_gone);
   EXPECT_THAT(BrokenBy([](pb::DescriptorProto* job) {
                 job->mutable_field(0)->set_label(pb::FieldDescriptorProto::LABEL_REPEATED);
               }),

@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
+#include "tests/certificates.h"
 #include "tests/worker/io/test_files.h"
 #include "worker/register_rank.h"
 
@@ -30,9 +31,11 @@ using ::testing::ElementsAre;
 // Keeps what it hears. Acknowledges steps at once, unless told not to.
 class FakeCoordinator final : public v1::WorkerService::Service {
  public:
-  explicit FakeCoordinator(int64_t stored_step = 0) : stored_step_(stored_step) {
+  explicit FakeCoordinator(int64_t stored_step = 0, const std::shared_ptr<grpc::ServerCredentials>& credentials =
+                                                        grpc::InsecureServerCredentials())
+      : stored_step_(stored_step) {
     grpc::ServerBuilder builder;
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+    builder.AddListeningPort("127.0.0.1:0", credentials, &port_);
     builder.RegisterService(this);
     server_ = builder.BuildAndStart();
   }
@@ -219,6 +222,51 @@ TEST_F(CoordinatorClientTest, SaysWhoItIsAndSendsEveryStepOnce) {
   EXPECT_EQ(coordinator.points_[2].values().at("loss"), 0.1);
   EXPECT_TRUE(std::isnan(coordinator.points_[2].values().at("grad_norm")));
   EXPECT_EQ(coordinator.points_[2].attempt(), 2);
+}
+
+std::shared_ptr<grpc::ServerCredentials> CredentialsOf(const Identity& identity) {
+  grpc::SslServerCredentialsOptions options;
+  options.pem_key_cert_pairs = {{identity.key, identity.cert}};
+  return grpc::SslServerCredentials(options);
+}
+
+// The file says by which authority, and by which name, a coordinator with TLS is known.
+TEST_F(CoordinatorClientTest, ReportsOverTlsToWhomTheAddressFileNames) {
+  const Identity authority = MakeIdentity("authority", nullptr, ""), stranger = MakeIdentity("stranger", nullptr, "");
+  FakeCoordinator coordinator(0, CredentialsOf(MakeIdentity("coordinator", &authority, "DNS:train.example")));
+  std::ofstream(dir_.path() / "ca.pem") << authority.cert;
+  std::ofstream(dir_.path() / "stranger.pem") << stranger.cert;
+  const std::string ca = (dir_.path() / "ca.pem").string();
+  // Nothing is said to one who is not known, or not by that name, or without TLS.
+  for (const std::string& text :
+       {absl::StrCat(coordinator.address(), "\n", (dir_.path() / "stranger.pem").string(), "\ntrain.example"),
+        absl::StrCat(coordinator.address(), "\n", ca, "\nother.example"),
+        absl::StrCat(coordinator.address(), "\n", (dir_.path() / "nowhere").string(), "\n"), coordinator.address()}) {
+    Publish(text);
+    const auto id = RegisterRank(Options(coordinator), "", std::chrono::milliseconds(1));
+    EXPECT_FALSE(id.ok()) << text;
+  }
+  EXPECT_TRUE(coordinator.registers_.empty());
+  const auto client = CoordinatorClient::Start(Options(coordinator));
+  // The file is read again at the next try.
+  Publish(absl::StrCat(coordinator.address(), "\n", ca, "\ntrain.example"));
+  EXPECT_TRUE(RegisterRank(Options(coordinator), "", std::chrono::seconds(30)).ok());
+  Train(*client, 1);
+  client->Finish(0, "", /*timeout_ms=*/20'000);
+  coordinator.Stop();
+  EXPECT_THAT(coordinator.order_, ElementsAre("train 1", "finished"));
+}
+
+TEST_F(CoordinatorClientTest, WithoutAnAddressFileTheEnvironmentNamesTheAuthority) {
+  const Identity authority = MakeIdentity("authority", nullptr, "");
+  FakeCoordinator coordinator(0, CredentialsOf(MakeIdentity("coordinator", &authority, "IP:127.0.0.1")));
+  std::ofstream(dir_.path() / "ca.pem") << authority.cert;
+  CoordinatorClient::Options options = Options(coordinator);
+  options.address_file.clear();
+  EXPECT_FALSE(RegisterRank(options, "", std::chrono::milliseconds(1)).ok());
+  setenv("SIMPO_CA", (dir_.path() / "ca.pem").c_str(), 1);
+  EXPECT_TRUE(RegisterRank(options, "", std::chrono::seconds(30)).ok());
+  unsetenv("SIMPO_CA");
 }
 
 TEST_F(CoordinatorClientTest, HeartbeatsCarryThePhase) {

@@ -1,6 +1,6 @@
 // Certificates of the tests' own making.
-#ifndef SIMPO_TESTS_COORDINATOR_CERTIFICATES_H_
-#define SIMPO_TESTS_COORDINATOR_CERTIFICATES_H_
+#ifndef SIMPO_TESTS_CERTIFICATES_H_
+#define SIMPO_TESTS_CERTIFICATES_H_
 
 #include <gtest/gtest.h>
 #include <openssl/ec.h>
@@ -67,4 +67,4 @@ inline Identity MakeIdentity(const std::string& common_name, const Identity* iss
 
 }  // namespace simpo
 
-#endif  // SIMPO_TESTS_COORDINATOR_CERTIFICATES_H_
+#endif  // SIMPO_TESTS_CERTIFICATES_H_
