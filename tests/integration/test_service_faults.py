@@ -86,6 +86,35 @@ def test_rolling_recovery_checkpoints_are_enough(workspace, coordinators, assert
     assert_undisturbed(coordinator, workspace, job_id, "job")
 
 
+@pytest.mark.parametrize("crash", [False, True], ids=["", "and the coordinator is killed"])
+def test_a_pre_empted_job_goes_on_where_it_was(workspace, coordinators, assert_undisturbed, tmp_path, crash):
+    config = tmp_path / "coordinator.yaml"
+    config.write_text("preemption: true\n")
+    coordinator = coordinators.start(config=config)
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 7)
+    nodes = json.loads(coordinator.ctl("nodes", "-o", "json").expect(0).stdout)
+    assert [node["jobs"] for node in nodes] == [[{"job_id": job_id, "slots": 2}]]
+    urgent = coordinator.submit(workspace.job("urgent", max_steps=2, global_batch_size=16))
+    waiting = coordinator.wait_for(urgent, "its place", lambda job: "1st of 1 in the queue" in job["reason"])
+    assert waiting["state"] == "QUEUED", "equal priority takes nothing"
+    coordinator.ctl("priority", urgent, "5").expect(0)
+    if crash:
+        coordinator.kill()
+        coordinator = coordinators.start(config=config)
+    urgent_end = coordinator.wait_state(urgent, "SUCCEEDED")["end_time"]
+    job = coordinator.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"]) == (2, 0), coordinator.story(job_id)
+    first, second = job["attempts"]
+    assert first["exit_code"] == 143 and f"pre-empted by job {urgent} (priority 5)" in first["reason"]
+    assert second["first_step"] == first["last_step"] >= 7, "it did not go on from where it stopped"
+    assert second["start_time"] >= urgent_end
+    assert {"preempting", "preempted"} <= {event["type"] for event in job["events"]}
+    assert_undisturbed(coordinator, workspace, job_id, "job")
+    assert_nothing_runs(coordinator)
+
+
 def test_restarts_are_limited(workspace, coordinators):
     coordinator = coordinators.start()
     make_slow(workspace)
