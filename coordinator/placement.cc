@@ -207,6 +207,8 @@ PlacementDecision Scheduler::Decide(int64_t now_ms) {
         Start(waiting, *std::move(where), now_ms, &decision);
       } else {
         head_ = &waiting;
+        // First, so that nobody is let into slots that are about to be cleared.
+        if (options_.preemption) Preempt(&decision);
         kept.emplace(cluster_, job.shape, now_ms);
         room_at_ms_ = kept->room_at_ms();
       }
@@ -219,7 +221,6 @@ PlacementDecision Scheduler::Decide(int64_t now_ms) {
       kept->Started(shares, ends_by_ms);
     }
   }
-  if (head_ != nullptr && options_.preemption) Preempt(&decision);
   return decision;
 }
 

@@ -326,6 +326,19 @@ TEST_F(PlacementTest, PreemptionOverSeveralNodes) {
   EXPECT_EQ(Decide(1), "!w") << "one gang on two nodes rather than two and a half";
 }
 
+TEST_F(PlacementTest, NobodyIsLetInToBeSentAway) {
+  options_.preemption = true;
+  Nodes({4});
+  Wait('a', 3);
+  EXPECT_EQ(Decide(0), "a");
+  Wait('h', 4, 5);
+  Wait('b', 1, 0, /*limit_s=*/1);
+  EXPECT_EQ(Decide(1), "!a") << "b would be in the way of h";
+  EXPECT_EQ(Decide(2), "");
+  End('a');
+  EXPECT_EQ(Decide(3), "h");
+}
+
 TEST_F(PlacementTest, WhoWaitsLongHasItsTurn) {
   options_.starvation_ms = 60'000;
   options_.preemption = true;
