@@ -55,22 +55,23 @@ void Controller::Run() {
     bool stop = false;
     {
       std::unique_lock lock(mutex_);
-      posted_.wait_until(lock, next_tick, [&] { return stop_ || !events_.empty(); });
+      posted_.wait_until(lock, next_tick, [&] { return stop_ || woken_ || !events_.empty(); });
       events.swap(events_);
+      woken_ = false;
       stop = stop_;
     }
     const SteadyTime now = Moment::Now().steady;
     const bool tick = now >= next_tick && !stop;
     if (tick) next_tick = now + kTick;
-    if (!Work(std::move(events), tick) || stop) return;
+    if (!Work(std::move(events), tick, /*last=*/stop) || stop) return;
   }
 }
 
-bool Controller::Work(std::deque<Event> events, bool tick) {
+bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
   const Moment now = Moment::Now();
   for (const Event& event : events) event.apply(now);
   if (tick) dispatcher_.Tick(now);
-  const absl::Status status = dispatcher_.Flush(now);
+  const absl::Status status = last ? dispatcher_.FlushAll(now) : dispatcher_.Flush(now);
   {
     const std::lock_guard lock(mutex_);
     stats_ = dispatcher_.stats();
@@ -101,7 +102,7 @@ void Controller::Receive(RankId from, v1::AttachRequest message, std::function<v
   Post({.apply =
             [this, from = std::move(from), message = std::move(message), taken](Moment now) {
               dispatcher_.Receive(from, message, now);
-              taken();
+              dispatcher_.WhenRoom(taken);
             },
         .refuse = [](const absl::Status&) {}});
 }
@@ -109,6 +110,14 @@ void Controller::Receive(RankId from, v1::AttachRequest message, std::function<v
 void Controller::Leave(RankId rank, std::shared_ptr<RankChannel> channel) {
   Post({.apply = [this, rank = std::move(rank), channel](Moment) { dispatcher_.Leave(rank, channel); },
         .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
+}
+
+void Controller::Wake() {
+  {
+    const std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  posted_.notify_one();
 }
 
 Dispatcher::Stats Controller::stats() const {

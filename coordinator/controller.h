@@ -35,9 +35,12 @@ class Controller {
   void Cancel(std::string job_id, Dispatcher::CancelDone done);
 
   void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);
-  // `taken` is called when the message has left the queue.
+  // `taken` is called when the next message may come.
   void Receive(RankId from, v1::AttachRequest message, std::function<void()> taken);
   void Leave(RankId rank, std::shared_ptr<RankChannel> channel);
+
+  // Points have been stored: those who wait for it are told.
+  void Wake();
 
   Dispatcher::Stats stats() const;
 
@@ -49,7 +52,7 @@ class Controller {
   void Post(Event event);
   void Run();
   // False when the stores have failed.
-  bool Work(std::deque<Event> events, bool tick);
+  bool Work(std::deque<Event> events, bool tick, bool last);
   void RefuseAll(const absl::Status& status);
 
   Dispatcher& dispatcher_;  // belongs to thread_ once it runs
@@ -57,6 +60,7 @@ class Controller {
   mutable std::mutex mutex_;
   std::condition_variable posted_;
   std::deque<Event> events_;  // guarded by mutex_
+  bool woken_ = false;        // guarded by mutex_
   bool stop_ = false;         // guarded by mutex_
   bool closed_ = false;       // guarded by mutex_; nothing is taken any more
   Dispatcher::Stats stats_;   // guarded by mutex_

@@ -1,7 +1,8 @@
 // simpo-coordinator: takes training jobs and sees them through.
 //
 //   simpo-coordinator --data-dir DIR [--config coordinator.yaml] [flags]
-//   simpo-coordinator supervise --attempt-dir DIR      what it starts for each attempt of a job
+//   simpo-coordinator backup --data-dir DIR --to FOLDER    copies the databases, also while a coordinator runs
+//   simpo-coordinator supervise --attempt-dir DIR          what it starts for each attempt of a job
 #include <grpc/support/log.h>
 #include <signal.h>
 
@@ -15,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
+#include "coordinator/data_dir.h"
 #include "coordinator/server.h"
 #include "coordinator/server_options.h"
 #include "coordinator/supervisor.h"
@@ -68,17 +70,26 @@ int Main(int argc, char** argv) {
   ServerOptions options;
   std::string config;
   std::string attempt_dir;
+  std::string backup_from, backup_to;
   AddServerFlags(app, &options);
   app.add_option("--config", config, "YAML file with the same settings, as data_dir: DIR; flags win");
   app.set_version_flag("--version", "simpo-coordinator " SIMPO_VERSION);
   CLI::App* supervise = app.add_subcommand("supervise", "Run one attempt of a job; the coordinator starts it");
   supervise->add_option("--attempt-dir", attempt_dir, "The attempt's folder")->required();
+  CLI::App* backup = app.add_subcommand("backup", "Copy the databases, also while a coordinator runs");
+  backup->add_option("--data-dir", backup_from, "The coordinator's data folder")->required();
+  backup->add_option("--to", backup_to, "A folder for the copies: a new or an empty one")->required();
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kBadUsage;
   }
   if (supervise->parsed()) return RunSupervisor(attempt_dir);
+  if (backup->parsed()) {
+    if (absl::Status status = BackUpDataDir(backup_from, backup_to); !status.ok()) return Fail(status);
+    std::printf("%s: backed up to %s\n", backup_from.c_str(), backup_to.c_str());
+    return 0;
+  }
   // gRPC's own log would repeat what our messages say.
   if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
   if (!config.empty()) {

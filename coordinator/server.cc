@@ -3,7 +3,6 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -16,8 +15,8 @@
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "coordinator/controller.h"
+#include "coordinator/data_dir.h"
 #include "coordinator/exposition.h"
-#include "coordinator/file_lock.h"
 #include "coordinator/http_server.h"
 #include "coordinator/launcher_mpirun.h"
 #include "coordinator/listen_address.h"
@@ -31,6 +30,7 @@ namespace fs = std::filesystem;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kShutdownGrace{2'000};  // for calls that are under way
+constexpr double kSecondsOfADay = 86'400;
 
 milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1000)); }
 
@@ -44,23 +44,9 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options) {
   result.first_pause = Milliseconds(options.restart_pause_s);
   result.longest_pause = Milliseconds(options.restart_pause_max_s);
   result.stop_grace = Milliseconds(options.stop_grace_s);
+  result.keep_jobs = Milliseconds(options.history_days * kSecondsOfADay);
+  result.keep_points = Milliseconds(options.metrics_full_days * kSecondsOfADay);
   return result;
-}
-
-absl::Status MakeDataDir(const fs::path& dir) {
-  std::error_code error;
-  fs::create_directories(dir, error);
-  if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
-  return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
-                                                  error ? error.message() : "no permission to write there",
-                                                  "; choose another one with --data-dir"));
-}
-
-absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
-  absl::StatusOr<FileLock> lock = FileLock::Acquire(dir / "coordinator.lock");
-  if (!absl::IsAlreadyExists(lock.status())) return lock;
-  return absl::AlreadyExistsError(absl::StrCat("another simpo-coordinator is using the data directory ", dir.string(),
-                                               "; stop it first, or choose another one with --data-dir"));
 }
 
 class ServerImpl final : public Server {
@@ -84,6 +70,7 @@ class ServerImpl final : public Server {
       healthy_ = false;
       on_failure(status);
     });
+    metrics_->SetListener([this] { controller_->Wake(); });
     SIMPO_RETURN_IF_ERROR(StartHttp());
     SIMPO_RETURN_IF_ERROR(StartGrpc());
     launcher_.emplace(MpirunLauncher::Options{.attempts_dir = fs::path(options_.data_dir) / "attempts",
@@ -100,9 +87,10 @@ class ServerImpl final : public Server {
 
  private:
   absl::Status OpenStores() {
-    SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(fs::path(options_.data_dir) / "coordinator.db"));
+    const fs::path dir = options_.data_dir;
+    SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(dir / kJobsFile));
     SIMPO_ASSIGN_OR_RETURN(jobs_, JobStore::Open(*database_));
-    SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(*database_));
+    SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(dir / kMetricsFile));
     return absl::OkStatus();
   }
 

@@ -45,6 +45,9 @@ const Key kKeys[] = {
     {"restart_pause_s", &ServerOptions::restart_pause_s, "Seconds before the first restart; doubles with each more"},
     {"restart_pause_max_s", &ServerOptions::restart_pause_max_s, "Longest pause before a restart, in seconds"},
     {"keep_ended_minutes", &ServerOptions::keep_ended_minutes, "Minutes that an ended job stays on /metrics"},
+    {"history_days", &ServerOptions::history_days, "Days that an ended job is kept with its events; 0: for ever"},
+    {"metrics_full_days", &ServerOptions::metrics_full_days,
+     "Days that an ended job keeps every metric point; then about 1,000 per split stay; 0: for ever"},
 };
 
 std::string FlagOf(const Key& key) { return absl::StrCat("--", absl::StrReplaceAll(key.name, {{"_", "-"}})); }

@@ -28,6 +28,8 @@ struct ServerOptions {
   double restart_pause_s = 1;       // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
+  double history_days = 90;        // how long an ended job is kept; 0: for ever
+  double metrics_full_days = 30;   // after its end, with every point; 0: for ever
   // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
   std::string program;
 };
