@@ -19,6 +19,7 @@ namespace fs = std::filesystem;
 
 constexpr int kEventsOfAJob = 200;        // that are looked through at the start
 constexpr int64_t kRecentMs = 3'600'000;  // ended jobs that may still be on the metrics page
+constexpr size_t kShortQueue = 64;        // of which every job's reason is always of now
 constexpr size_t kMaxChores = 32;         // that the store of points is given at a time
 
 // Ten letters and digits, the first a letter; no vowels, so that no word comes out.
@@ -258,7 +259,8 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   JobRecord& record = AddRecord(std::move(stored));
   record.config = std::move(config);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
-  placement_due_ = true;
+  // While every slot is taken a new job changes nothing; in a long queue its reason can wait for the next tick.
+  if (!slots_full_ || live_.size() < kShortQueue) placement_due_ = true;
   acknowledgements_.push_back([&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
     if (!status.ok()) return done(status);
     v1::SubmitJobResponse response;
@@ -296,6 +298,7 @@ void Dispatcher::Place(Moment now) {
                        .slots = job.slots(),
                        .not_before_ms = record->not_before_ms});
   }
+  slots_full_ = taken >= options_.slots_total;
   const PlacementDecision decision = DecidePlacement(now.unix_ms, options_.slots_total, taken, std::move(waiting));
   for (const auto& [id, reason] : decision.reasons) {
     JobRecord& record = *FindRecord(id);

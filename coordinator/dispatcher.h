@@ -163,6 +163,7 @@ class Dispatcher {
 
   absl::Status store_status_;
   bool placement_due_ = true;
+  bool slots_full_ = false;
   std::vector<Acknowledgement> acknowledgements_;
   std::deque<std::pair<int64_t, PointsStored>> after_points_;  // by MetricStore::last_sequence(), in order
   std::vector<JobRecord*> launches_;

@@ -257,7 +257,7 @@ void Dispatcher::AcknowledgeReports(JobRecord& record) {
           Gang* gang = GangOf(id, &record);
           if (!status.ok() || gang == nullptr) return;
           ShowStoredReports(*record, train, eval);
-          if (gang->ranks[0].channel) gang->ranks[0].channel->Send(response);
+          if (const Rank& rank = gang->ranks[0]; rank.channel && rank.welcomed) rank.channel->Send(response);
           if (gang->files_read) TendGang(*record, now);  // its end has waited for this
         });
       });

@@ -121,9 +121,9 @@ absl::StatusOr<std::vector<StoredJob>> JobStore::LoadJobs() {
   SIMPO_ASSIGN_OR_RETURN(
       SqliteStatement rows,
       database_.reader().Prepare(
-          "SELECT jobs.sequence, request_digest, job, config_yaml, events.sequence, last_point FROM jobs LEFT JOIN "
-          "events ON events.job = jobs.sequence AND events.sequence = (SELECT max(sequence) FROM events WHERE job = "
-          "jobs.sequence) ORDER BY jobs.sequence"));
+          "SELECT jobs.sequence, request_digest, jobs.job, config_yaml, last.sequence, last.last_point FROM jobs LEFT "
+          "JOIN events AS last ON last.job = jobs.sequence AND last.sequence = (SELECT max(sequence) FROM events WHERE "
+          "events.job = jobs.sequence) ORDER BY jobs.sequence"));
   std::vector<StoredJob> jobs;
   while (true) {
     SIMPO_ASSIGN_OR_RETURN(const bool row, rows.Step());

@@ -29,6 +29,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "coordinator/attempt_files.h"
 #include "coordinator/server.h"
 #include "simpo/v1/training_service.grpc.pb.h"
@@ -193,6 +194,11 @@ class Rank final : public grpc::ClientBidiReactor<v1::AttachRequest, v1::AttachR
     offered_ = std::max(offered_, step);
     Write();
   }
+  // Drops what is due and not sent.
+  void Pause() {
+    const std::lock_guard lock(mutex_);
+    offered_ = sent_;
+  }
   void Leave() {
     context_.TryCancel();
     RemoveHold();
@@ -303,14 +309,18 @@ class Bench {
       if (!status.ok()) Die(absl::StrCat("a submit failed: ", status.error_message()));
       gangs_.push_back(response.job().id());
     }
-    for (const std::string& id : gangs_) {
-      const AttemptFiles files{fs::path(options_.data_dir) / "attempts" / id / "1"};
-      std::string secret;
-      for (int i = 0; secret.empty() && i < 6000; ++i) {
+    std::vector<std::string> secrets(gangs_.size());
+    for (size_t gang = 0; gang < gangs_.size(); ++gang) {
+      const AttemptFiles files{fs::path(options_.data_dir) / "attempts" / gangs_[gang] / "1"};
+      for (int i = 0; secrets[gang].empty() && i < 6000; ++i) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        std::getline(std::ifstream(files.Secret()), secret);
+        std::getline(std::ifstream(files.Secret()), secrets[gang]);
       }
-      ranks_.push_back(std::make_unique<Rank>(Connect(server_->grpc_address()), id, secret, options_.values));
+    }
+    std::this_thread::sleep_for(std::chrono::seconds(1));  // now the coordinator knows them too
+    for (size_t gang = 0; gang < gangs_.size(); ++gang) {
+      ranks_.push_back(
+          std::make_unique<Rank>(Connect(server_->grpc_address()), gangs_[gang], secrets[gang], options_.values));
       for (int i = 0; !ranks_.back()->welcomed(); ++i) {
         if (i == 6000) Die("a rank was not welcomed");
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -336,6 +346,7 @@ class Bench {
                                          : rank->stored_steps() + kAhead);
       }
     }
+    for (auto& rank : ranks_) rank->Pause();
   }
 
   void Submit(const char* title) {
@@ -363,6 +374,7 @@ class Bench {
     v1::CancelJobResponse response;
   };
   void CancelAll(const std::vector<std::string>& ids) {
+    if (ids.empty()) return;
     Countdown done(static_cast<int>(ids.size()));
     std::vector<std::unique_ptr<CancelCall>> calls;
     for (size_t i = 0; i < ids.size(); ++i) {
@@ -392,6 +404,10 @@ class Bench {
   }
 
   void EndGangs() {
+    // Those that wait first: they would take the slots.
+    std::vector<std::string> waiting;
+    for (auto& client : clients_) waiting.insert(waiting.end(), client->ids().begin(), client->ids().end());
+    CancelAll(waiting);
     CancelAll(gangs_);
     // Nothing of the gangs may be left: their supervisors say when they are gone.
     for (const std::string& id : gangs_) {
@@ -421,6 +437,7 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--cancels", options.cancels, "Jobs to cancel")->capture_default_str();
   CLI11_PARSE(app, argc, argv);
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);  // as simpo-coordinator does
   Bench(options).Run();
   return 0;
 }
