@@ -1,8 +1,11 @@
 // JobConfig back to a job file.
 #include <yaml-cpp/yaml.h>
 
+#include <algorithm>
 #include <type_traits>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "common/job_config_yaml.h"
 #include "common/job_keys.h"
 #include "common/job_values.h"
@@ -22,51 +25,58 @@ bool HasLine(const T& value) {
   }
 }
 
-void EmitValue(YAML::Emitter& out, const std::string& value) { out << YAML::DoubleQuoted << value; }
-void EmitValue(YAML::Emitter& out, bool value) { out << (value ? "true" : "false"); }
-void EmitValue(YAML::Emitter& out, int32_t value) { out << value; }
-void EmitValue(YAML::Emitter& out, int64_t value) { out << value; }
-void EmitValue(YAML::Emitter& out, double value) { out << NumberText(value); }
-void EmitValue(YAML::Emitter& out, const std::vector<std::string>& words) {
-  out << YAML::Flow << YAML::BeginSeq;
-  for (const std::string& word : words) EmitValue(out, word);
-  out << YAML::EndSeq;
+// Text is always quoted, so that no word of it means anything to YAML. The library's emitter asks that of every key
+// and value anew and takes most of the time of a submit; what needs more than quotes is left to it.
+std::string Quoted(const std::string& text) {
+  const bool plain =
+      std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 && c < 0x7f && c != '"' && c != '\\'; });
+  if (plain) return absl::StrCat("\"", text, "\"");
+  YAML::Emitter out;
+  out << YAML::DoubleQuoted << text;
+  return out.c_str();
+}
+
+// What follows a key and its colon, with the end of the line. `indent` is that of the key.
+std::string ValueText(const std::string& value, int) { return absl::StrCat(" ", Quoted(value), "\n"); }
+std::string ValueText(bool value, int) { return value ? " true\n" : " false\n"; }
+std::string ValueText(int32_t value, int) { return absl::StrCat(" ", value, "\n"); }
+std::string ValueText(int64_t value, int) { return absl::StrCat(" ", value, "\n"); }
+std::string ValueText(double value, int) { return absl::StrCat(" ", NumberText(value), "\n"); }
+std::string ValueText(const std::vector<std::string>& words, int) {
+  return absl::StrCat(
+      " [", absl::StrJoin(words, ", ", [](std::string* out, const std::string& word) { *out += Quoted(word); }), "]\n");
 }
 template <typename Map>
-void EmitValue(YAML::Emitter& out, const Map& map) {
-  out << YAML::BeginMap;
+std::string ValueText(const Map& map, int indent) {
+  std::string text = "\n";
   for (const auto& [key, value] : map) {
-    out << YAML::Key << YAML::DoubleQuoted << key << YAML::Value;
-    EmitValue(out, value);
+    absl::StrAppend(&text, std::string(static_cast<size_t>(indent) + 2, ' '), Quoted(key), ":",
+                    ValueText(value, indent + 2));
   }
-  out << YAML::EndMap;
+  return text;
 }
 
 }  // namespace
 
 std::string JobConfigToYaml(const JobConfig& config) {
-  YAML::Emitter out;
-  out << YAML::BeginMap;
+  std::string text;
   bool in_resources = false;
   for (const JobKeyRow& row : JobKeyRows()) {
     std::string_view name = row.key.name;
     const bool resource = name.starts_with(kResources);
-    if (resource && !in_resources) out << YAML::Key << "resources" << YAML::Value << YAML::BeginMap;
-    if (!resource && in_resources) out << YAML::EndMap;
+    if (resource && !in_resources) text += "resources:\n";
     in_resources = resource;
     if (resource) name.remove_prefix(kResources.size());
+    const int indent = resource ? 2 : 0;
     std::visit(
         [&](auto field) {
           const auto& value = config.*field;
           if (!HasLine(value)) return;
-          out << YAML::Key << std::string(name) << YAML::Value;
-          EmitValue(out, value);
+          absl::StrAppend(&text, resource ? "  " : "", std::string(name), ":", ValueText(value, indent));
         },
         row.field);
   }
-  if (in_resources) out << YAML::EndMap;
-  out << YAML::EndMap;
-  return std::string(out.c_str()) + "\n";
+  return text;
 }
 
 }  // namespace simpo

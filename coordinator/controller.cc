@@ -1,11 +1,16 @@
 #include "coordinator/controller.h"
 
+#include <algorithm>
+#include <cstddef>
+#include <iterator>
 #include <utility>
 
 namespace simpo {
 namespace {
 
 constexpr std::chrono::milliseconds kTick{200};
+// Of what ranks say, in one group: a few milliseconds of work.
+constexpr size_t kRankEventsOfAGroup = 256;
 
 absl::Status Stopping() { return absl::UnavailableError("the coordinator is stopping; ask again when it is back"); }
 
@@ -26,11 +31,11 @@ void Controller::Stop() {
   RefuseAll(Stopping());
 }
 
-void Controller::Post(Event event) {
+void Controller::Post(std::deque<Event>& queue, Event event) {
   {
     const std::lock_guard lock(mutex_);
     if (!closed_) {
-      events_.push_back(std::move(event));
+      queue.push_back(std::move(event));
       posted_.notify_one();
       return;
     }
@@ -39,13 +44,15 @@ void Controller::Post(Event event) {
 }
 
 void Controller::RefuseAll(const absl::Status& status) {
-  std::deque<Event> events;
+  std::deque<Event> of_users, of_ranks;
   {
     const std::lock_guard lock(mutex_);
     closed_ = true;
-    events.swap(events_);
+    of_users.swap(of_users_);
+    of_ranks.swap(of_ranks_);
   }
-  for (const Event& event : events) event.refuse(status);
+  for (const Event& event : of_users) event.refuse(status);
+  for (const Event& event : of_ranks) event.refuse(status);
 }
 
 void Controller::Run() {
@@ -55,22 +62,27 @@ void Controller::Run() {
     bool stop = false;
     {
       std::unique_lock lock(mutex_);
-      posted_.wait_until(lock, next_tick, [&] { return stop_ || !events_.empty(); });
-      events.swap(events_);
+      posted_.wait_until(lock, next_tick, [&] { return stop_ || woken_ || !of_users_.empty() || !of_ranks_.empty(); });
+      events.swap(of_users_);
+      woken_ = false;
       stop = stop_;
+      const size_t count = stop ? of_ranks_.size() : std::min(of_ranks_.size(), kRankEventsOfAGroup);
+      const auto end = of_ranks_.begin() + static_cast<std::ptrdiff_t>(count);
+      std::move(of_ranks_.begin(), end, std::back_inserter(events));
+      of_ranks_.erase(of_ranks_.begin(), end);
     }
     const SteadyTime now = Moment::Now().steady;
     const bool tick = now >= next_tick && !stop;
     if (tick) next_tick = now + kTick;
-    if (!Work(std::move(events), tick) || stop) return;
+    if (!Work(std::move(events), tick, /*last=*/stop) || stop) return;
   }
 }
 
-bool Controller::Work(std::deque<Event> events, bool tick) {
+bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
   const Moment now = Moment::Now();
   for (const Event& event : events) event.apply(now);
   if (tick) dispatcher_.Tick(now);
-  const absl::Status status = dispatcher_.Flush(now);
+  const absl::Status status = last ? dispatcher_.FlushAll(now) : dispatcher_.Flush(now);
   {
     const std::lock_guard lock(mutex_);
     stats_ = dispatcher_.stats();
@@ -82,45 +94,56 @@ bool Controller::Work(std::deque<Event> events, bool tick) {
 }
 
 void Controller::Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done) {
-  Post({.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
-                  done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
-        .refuse = [done](const absl::Status& status) { done(status); }});
+  Post(of_users_, {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
+                             done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
+                   .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
 void Controller::Cancel(std::string job_id, Dispatcher::CancelDone done) {
-  Post({.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Cancel(job_id, now, done); },
+  Post(of_users_,
+       {.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Cancel(job_id, now, done); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
 void Controller::SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done) {
-  Post({.apply = [this, job_id = std::move(job_id), priority,
-                  done](Moment now) { dispatcher_.SetPriority(job_id, priority, now, done); },
-        .refuse = [done](const absl::Status& status) { done(status); }});
+  Post(of_users_, {.apply = [this, job_id = std::move(job_id), priority,
+                             done](Moment now) { dispatcher_.SetPriority(job_id, priority, now, done); },
+                   .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
 void Controller::ListNodes(v1::ListNodesRequest request,
                            std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done) {
-  Post({.apply = [this, request = std::move(request), done](Moment) { done(dispatcher_.ListNodes(request)); },
+  Post(of_users_,
+       {.apply = [this, request = std::move(request), done](Moment) { done(dispatcher_.ListNodes(request)); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
 void Controller::Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel) {
-  Post({.apply = [this, hello = std::move(hello), channel](Moment now) { dispatcher_.Attach(hello, channel, now); },
+  Post(of_ranks_,
+       {.apply = [this, hello = std::move(hello), channel](Moment now) { dispatcher_.Attach(hello, channel, now); },
         .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
 }
 
 void Controller::Receive(RankId from, v1::AttachRequest message, std::function<void()> taken) {
-  Post({.apply =
-            [this, from = std::move(from), message = std::move(message), taken](Moment now) {
-              dispatcher_.Receive(from, message, now);
-              taken();
-            },
-        .refuse = [](const absl::Status&) {}});
+  Post(of_ranks_, {.apply =
+                       [this, from = std::move(from), message = std::move(message), taken](Moment now) {
+                         dispatcher_.Receive(from, message, now);
+                         dispatcher_.WhenRoom(taken);
+                       },
+                   .refuse = [](const absl::Status&) {}});
 }
 
 void Controller::Leave(RankId rank, std::shared_ptr<RankChannel> channel) {
-  Post({.apply = [this, rank = std::move(rank), channel](Moment) { dispatcher_.Leave(rank, channel); },
-        .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
+  Post(of_ranks_, {.apply = [this, rank = std::move(rank), channel](Moment) { dispatcher_.Leave(rank, channel); },
+                   .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
+}
+
+void Controller::Wake() {
+  {
+    const std::lock_guard lock(mutex_);
+    woken_ = true;
+  }
+  posted_.notify_one();
 }
 
 Dispatcher::Stats Controller::stats() const {

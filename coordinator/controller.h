@@ -15,8 +15,9 @@
 
 namespace simpo {
 
-// The Dispatcher's thread, and the queue through which all others reach it. What waits in the queue is
-// taken as one group and committed at once. Thread-safe; no function waits for the disk.
+// The Dispatcher's thread, and the queues through which all others reach it. What waits is taken as one group
+// and committed at once: all that users ask, and a bounded part of what ranks say, so that no flood of reports
+// holds up a submit. Thread-safe; no function waits for the disk.
 class Controller {
  public:
   // `on_failure` is called once, by the controller's thread, when the stores cannot be written any more;
@@ -37,9 +38,12 @@ class Controller {
   void ListNodes(v1::ListNodesRequest request, std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done);
 
   void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);
-  // `taken` is called when the message has left the queue.
+  // `taken` is called when the next message may come.
   void Receive(RankId from, v1::AttachRequest message, std::function<void()> taken);
   void Leave(RankId rank, std::shared_ptr<RankChannel> channel);
+
+  // Points have been stored: those who wait for it are told.
+  void Wake();
 
   Dispatcher::Stats stats() const;
 
@@ -48,20 +52,22 @@ class Controller {
     std::function<void(Moment)> apply;
     std::function<void(const absl::Status&)> refuse;
   };
-  void Post(Event event);
+  void Post(std::deque<Event>& queue, Event event);
   void Run();
   // False when the stores have failed.
-  bool Work(std::deque<Event> events, bool tick);
+  bool Work(std::deque<Event> events, bool tick, bool last);
   void RefuseAll(const absl::Status& status);
 
   Dispatcher& dispatcher_;  // belongs to thread_ once it runs
   const std::function<void(const absl::Status&)> on_failure_;
   mutable std::mutex mutex_;
   std::condition_variable posted_;
-  std::deque<Event> events_;  // guarded by mutex_
-  bool stop_ = false;         // guarded by mutex_
-  bool closed_ = false;       // guarded by mutex_; nothing is taken any more
-  Dispatcher::Stats stats_;   // guarded by mutex_
+  std::deque<Event> of_users_;  // guarded by mutex_
+  std::deque<Event> of_ranks_;  // guarded by mutex_; in order, since a stream's last word must not pass the others
+  bool woken_ = false;          // guarded by mutex_
+  bool stop_ = false;           // guarded by mutex_
+  bool closed_ = false;         // guarded by mutex_; nothing is taken any more
+  Dispatcher::Stats stats_;     // guarded by mutex_
   std::thread thread_;
 };
 

@@ -3,11 +3,12 @@
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "coordinator/metric_store.h"
 
 namespace simpo {
 namespace {
 
-constexpr int kSchemaVersion = 1;
+constexpr int kSchemaVersion = 2;
 
 // Blobs are messages of simpo.v1, so a new field needs no new column.
 constexpr char kSchema[] = R"(
@@ -29,20 +30,10 @@ CREATE TABLE attempts (
 CREATE TABLE events (
   job INTEGER NOT NULL REFERENCES jobs(sequence),
   sequence INTEGER NOT NULL,
-  last_point INTEGER NOT NULL,        -- points.sequence of the newest point before it
+  last_point INTEGER NOT NULL,        -- sequence of the newest point (metrics.db) before it
   event BLOB NOT NULL,                -- simpo.v1.JobEvent
   PRIMARY KEY (job, sequence)
 ) WITHOUT ROWID;
-CREATE TABLE points (
-  sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-  job INTEGER NOT NULL REFERENCES jobs(sequence),
-  split TEXT NOT NULL,
-  step INTEGER NOT NULL,
-  attempt INTEGER NOT NULL,
-  report BLOB NOT NULL,               -- simpo.v1.StepReport
-  UNIQUE (job, split, step, attempt)
-);
-CREATE INDEX points_of_job ON points (job, sequence);
 )";
 
 absl::StatusOr<int64_t> UserVersion(Sqlite& db) {
@@ -51,22 +42,41 @@ absl::StatusOr<int64_t> UserVersion(Sqlite& db) {
   return statement.Int(0);
 }
 
-absl::Status Migrate(Sqlite& db, const std::filesystem::path& path) {
-  SIMPO_ASSIGN_OR_RETURN(const int64_t version, UserVersion(db));
-  if (version == kSchemaVersion) return absl::OkStatus();
-  if (version > kSchemaVersion) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(path.string(), " was written by a newer simpo-coordinator (schema ", version, "; this one knows ",
-                     kSchemaVersion, "); install that version or choose another --data-dir"));
+// From schema 1 to 2. A crash in between leaves the points in both files, and the next start moves them
+// again: those that are there already stay as they are.
+absl::Status MovePoints(Sqlite& db, const std::filesystem::path& metrics_path) {
+  SIMPO_RETURN_IF_ERROR(MetricStore::MakeFile(metrics_path));
+  {
+    SIMPO_ASSIGN_OR_RETURN(SqliteStatement attach, db.Prepare("ATTACH ? AS metrics"));
+    SIMPO_RETURN_IF_ERROR(attach.Reset().Bind(metrics_path.string()).Run());
   }
-  return db.Execute(absl::StrCat("BEGIN IMMEDIATE;", kSchema, "PRAGMA user_version=", kSchemaVersion, ";COMMIT;"));
+  SIMPO_RETURN_IF_ERROR(
+      db.Execute("PRAGMA metrics.synchronous=FULL;"
+                 "INSERT OR IGNORE INTO metrics.points (sequence, job, split, step, attempt, report) "
+                 "SELECT sequence, job, split, step, attempt, report FROM main.points;"
+                 "DETACH metrics"));
+  return db.Execute("BEGIN IMMEDIATE; DROP TABLE points; PRAGMA user_version=2; COMMIT");
 }
 
 }  // namespace
 
+absl::Status EnsureSchema(Sqlite& db, const std::filesystem::path& path, int version, const char* tables,
+                          const std::function<absl::Status(int64_t from)>& upgrade) {
+  SIMPO_ASSIGN_OR_RETURN(const int64_t found, UserVersion(db));
+  if (found == version) return absl::OkStatus();
+  if (found > version) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(path.string(), " was written by a newer simpo-coordinator (schema ", found, "; this one knows ",
+                     version, "); install that version or choose another --data-dir"));
+  }
+  if (found > 0) return upgrade(found);
+  return db.Execute(absl::StrCat("BEGIN IMMEDIATE;", tables, "PRAGMA user_version=", version, ";COMMIT;"));
+}
+
 absl::StatusOr<std::unique_ptr<Database>> Database::Open(const std::filesystem::path& path) {
   SIMPO_ASSIGN_OR_RETURN(Sqlite writer, Sqlite::Open(path, /*read_only=*/false));
-  SIMPO_RETURN_IF_ERROR(Migrate(writer, path));
+  SIMPO_RETURN_IF_ERROR(EnsureSchema(writer, path, kSchemaVersion, kSchema,
+                                     [&](int64_t) { return MovePoints(writer, path.parent_path() / kMetricsFile); }));
   SIMPO_ASSIGN_OR_RETURN(Sqlite reader, Sqlite::Open(path, /*read_only=*/true));
   return absl::WrapUnique(new Database(std::move(writer), std::move(reader)));
 }

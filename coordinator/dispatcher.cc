@@ -27,6 +27,7 @@ constexpr int kDefaultNodes = 100, kMaxNodes = 1'000;  // of one page
 // are renewed at each tick that those of a queue of 15,000 are never older than ten seconds.
 constexpr int kExplainedInFront = 64;
 constexpr int kExplainedAtATick = 300;
+constexpr size_t kMaxChores = 32;  // that the store of points is given at a time
 
 // Ten letters and digits, the first a letter; no vowels, so that no word comes out.
 absl::StatusOr<std::string> NewJobId() {
@@ -78,8 +79,8 @@ std::vector<std::string> NodeNames(const v1::Attempt& attempt) {
   return names;
 }
 
-JobConfig ConfigOf(const v1::Job& job) {
-  ParsedJob parsed = ParseJobYaml(job.config_yaml(), {.file_name = "job.yaml", .base_dir = job.output_dir()});
+JobConfig ConfigOf(const v1::Job& job, const std::string& yaml) {
+  ParsedJob parsed = ParseJobYaml(yaml, {.file_name = "job.yaml", .base_dir = job.output_dir()});
   if (!parsed.violations.empty()) {
     LOG_WARNING(absl::StrCat(
         "job ", job.id(), ": its stored file is no longer valid: ", FormatViolations(parsed.violations, "job.yaml")));
@@ -95,6 +96,7 @@ std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
   view->version = record.version;
   view->request_digest = record.request_digest;
   view->job = record.job;
+  view->config_yaml = record.config_yaml;
   // The stored phase says how far the ranks of any attempt have come.
   if (record.job.state() == v1::JOB_STATE_LAUNCHING) view->job.mutable_progress()->set_phase("prepare");
   view->attempts = record.attempts;
@@ -139,6 +141,8 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
   auto record = std::make_unique<JobRecord>();
   record->sequence = stored.sequence;
   record->request_digest = std::move(stored.request_digest);
+  record->config_yaml = std::make_shared<const std::string>(std::move(*stored.job.mutable_config_yaml()));
+  stored.job.clear_config_yaml();
   record->job = std::move(stored.job);
   record->attempts = std::move(stored.attempts);
   record->last_event = stored.last_event;
@@ -146,7 +150,14 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
   by_id_[result.job.id()] = &result;
   by_request_id_[result.job.request_id()] = &result;
   next_sequence_ = std::max(next_sequence_, result.sequence + 1);
-  if (!IsFinal(result.job.state())) live_[result.sequence] = &result;
+  if (IsFinal(result.job.state())) {
+    const std::pair<int64_t, int64_t> ended(UnixMillis(result.job.end_time()), result.sequence);
+    to_remove_.insert(ended);
+    to_thin_.insert(ended);
+  } else {
+    live_[result.sequence] = &result;
+    live_output_dirs_[result.job.output_dir()] = &result;
+  }
   records_[result.sequence] = std::move(record);
   Changed(result);
   return result;
@@ -154,12 +165,17 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
 
 absl::Status Dispatcher::Load(Moment now) {
   SIMPO_ASSIGN_OR_RETURN(std::vector<StoredJob> stored, jobs_.LoadJobs());
+  int64_t last_point = 0;
+  for (const StoredJob& job : stored) last_point = std::max(last_point, job.last_point);
+  SIMPO_RETURN_IF_ERROR(metrics_.Reconcile(stored.empty() ? 0 : stored.back().sequence, last_point));
   for (StoredJob& job : stored) {
     JobRecord& record = AddRecord(std::move(job));
     const bool is_final = IsFinal(record.job.state());
     if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record));
     // The config of what ended long ago is of no more use.
-    if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) record.config = ConfigOf(record.job);
+    if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) {
+      record.config = ConfigOf(record.job, *record.config_yaml);
+    }
     if (!is_final) Queue(record);
   }
   PublishChanged();
@@ -198,7 +214,7 @@ void Dispatcher::AddEvent(JobRecord& record, const std::string& type, const std:
   event.set_message(message);
   event.set_attempt(record.job.attempt());
   event.set_state(record.job.state());
-  Write(jobs_.AddEvent(record.sequence, event, metrics_.last_sequence()));
+  Write(jobs_.AddEvent(record.sequence, event, metrics_.stored_sequence()));
   Changed(record);
   LOG_INFO(absl::StrCat("job ", record.job.id(), ", attempt ", record.job.attempt(), ": ", type, ": ", message));
 }
@@ -218,6 +234,9 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
   if (IsFinal(transition->next)) {
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
     live_.erase(record.sequence);
+    live_output_dirs_.erase(record.job.output_dir());
+    to_remove_.insert({now.unix_ms, record.sequence});
+    to_thin_.insert({now.unix_ms, record.sequence});
   }
   if (!HoldsGang(transition->next) && record.gang) {
     for (Rank& rank : record.gang->ranks) {
@@ -234,10 +253,9 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
 }
 
 std::optional<std::string> Dispatcher::OutputDirInUse(const std::string& output_dir) const {
-  for (const auto& [sequence, record] : live_) {
-    if (record->job.output_dir() == output_dir) return record->job.id();
-  }
-  return std::nullopt;
+  const auto found = live_output_dirs_.find(output_dir);
+  if (found == live_output_dirs_.end()) return std::nullopt;
+  return found->second->job.id();
 }
 
 void Dispatcher::Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done) {
@@ -253,6 +271,7 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
       if (!status.ok()) return done(status);
       v1::SubmitJobResponse response;
       *response.mutable_job() = record.job;
+      response.mutable_job()->set_config_yaml(*record.config_yaml);
       response.set_already_existed(true);
       done(std::move(response));
     });
@@ -296,6 +315,7 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
     if (!status.ok()) return done(status);
     v1::SubmitJobResponse response;
     *response.mutable_job() = record.job;
+    response.mutable_job()->set_config_yaml(*record.config_yaml);
     response.mutable_notes()->Add(notes.begin(), notes.end());
     done(std::move(response));
   });
@@ -309,6 +329,7 @@ void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) 
     if (!status.ok()) return done(status);
     v1::CancelJobResponse response;
     *response.mutable_job() = record->job;
+    response.mutable_job()->set_config_yaml(*record->config_yaml);
     done(std::move(response));
   });
 }
@@ -471,7 +492,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
                                           .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
                                           .nodes = NodeNames(record.attempts.back()),
                                           .resume_latest = resume,
-                                          .job_yaml = job.config_yaml(),
+                                          .job_yaml = *record.config_yaml,
                                           .log_dir = record.attempts.back().log_dir(),
                                           .output_dir = job.output_dir()});
   if (status.ok()) {
@@ -483,6 +504,56 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   EndAttempt(record, std::nullopt, absl::StrCat("could not be started: ", std::string(status.message())), now);
 }
 
+void Dispatcher::AfterPoints(PointsStored then) {
+  after_points_.emplace_back(metrics_.last_sequence(), std::move(then));
+}
+
+bool Dispatcher::ArePointsDue() const {
+  return !after_points_.empty() && after_points_.front().first <= metrics_.stored_sequence();
+}
+
+void Dispatcher::TellOfStoredPoints(Moment now) {
+  while (ArePointsDue()) {
+    const PointsStored then = std::move(after_points_.front().second);
+    after_points_.pop_front();
+    then(absl::OkStatus(), now);
+  }
+}
+
+void Dispatcher::WhenRoom(std::function<void()> taken) {
+  if (!metrics_.IsBehind()) return taken();
+  AfterPoints([taken = std::move(taken)](const absl::Status&, Moment) { taken(); });
+}
+
+// A few jobs at a time: the store of points works on them, and a job goes when it has none left.
+void Dispatcher::KeepHouse(Moment now) {
+  for (int64_t sequence : metrics_.TakeForgotten()) RemoveJob(sequence);
+  size_t chores = metrics_.chores_waiting();
+  const auto due = [&](const auto& jobs, std::chrono::milliseconds keep) {
+    return keep.count() > 0 && !jobs.empty() && jobs.begin()->first + keep.count() < now.unix_ms && chores < kMaxChores;
+  };
+  for (; due(to_remove_, options_.keep_jobs); ++chores) {
+    to_thin_.erase(*to_remove_.begin());
+    metrics_.Forget(to_remove_.extract(to_remove_.begin()).value().second);
+  }
+  for (; due(to_thin_, options_.keep_points); ++chores) {
+    metrics_.Thin(to_thin_.extract(to_thin_.begin()).value().second, now.unix_ms);
+  }
+}
+
+void Dispatcher::RemoveJob(int64_t sequence) {
+  const auto found = records_.find(sequence);
+  if (found == records_.end()) return;
+  JobRecord* record = found->second.get();
+  LOG_INFO(absl::StrCat("job ", record->job.id(), ": removed, as it ended long ago (history_days)"));
+  Write(jobs_.DeleteJob(sequence));
+  by_id_.erase(record->job.id());
+  by_request_id_.erase(record->job.request_id());
+  std::erase(changed_, record);
+  removed_.push_back(std::move(found->second));
+  records_.erase(found);
+}
+
 void Dispatcher::PublishChanged() {
   std::vector<JobViews::View> views;
   for (JobRecord* record : std::exchange(changed_, {})) {
@@ -490,10 +561,12 @@ void Dispatcher::PublishChanged() {
     views.push_back(MakeView(*record));
   }
   views_.Publish(std::move(views));
+  for (const auto& record : removed_) views_.Remove(record->sequence);
 }
 
 absl::Status Dispatcher::Commit() {
   SIMPO_RETURN_IF_ERROR(store_status_);
+  SIMPO_RETURN_IF_ERROR(metrics_.status());
   if (!database_.InTransaction()) return absl::OkStatus();
   const auto begin = std::chrono::steady_clock::now();
   SIMPO_RETURN_IF_ERROR(database_.Commit());
@@ -505,10 +578,12 @@ void Dispatcher::FailAll(const absl::Status& status) {
   const absl::Status answer = absl::UnavailableError(
       absl::StrCat("the coordinator cannot write its database and stops: ", std::string(status.message())));
   for (const Acknowledgement& acknowledge : std::exchange(acknowledgements_, {})) acknowledge(answer);
+  for (const auto& [sequence, then] : std::exchange(after_points_, {})) then(answer, {});
 }
 
 absl::Status Dispatcher::Flush(Moment now) {
   while (true) {
+    TellOfStoredPoints(now);
     if (placement_due_ && launcher_ != nullptr) Place(now);
     if (absl::Status status = Commit(); !status.ok()) {
       FailAll(status);
@@ -516,9 +591,17 @@ absl::Status Dispatcher::Flush(Moment now) {
     }
     PublishChanged();
     for (const Acknowledgement& acknowledge : std::exchange(acknowledgements_, {})) acknowledge(absl::OkStatus());
-    if (launches_.empty() && !placement_due_) return absl::OkStatus();
+    removed_.clear();
+    if (launches_.empty() && !placement_due_ && !ArePointsDue()) return absl::OkStatus();
     for (JobRecord* record : std::exchange(launches_, {})) Launch(*record, now);
   }
+}
+
+absl::Status Dispatcher::FlushAll(Moment now) {
+  // The first one hands over what acknowledgements wait for.
+  SIMPO_RETURN_IF_ERROR(Flush(now));
+  Write(metrics_.Sync());
+  return Flush(now);
 }
 
 }  // namespace simpo

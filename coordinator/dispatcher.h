@@ -3,12 +3,16 @@
 
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -36,6 +40,10 @@ namespace simpo {
 // pictures, acknowledges, and starts gangs. So whatever anyone hears of has survived a crash already,
 // and after a crash Load and Adopt go on from what is on disk.
 //
+// Metric points are handed to their own store, which writes them at its own pace. What a report changes, and
+// that rank 0 hears of it, follows once Flush finds that the points are stored; the end of an attempt waits for
+// its points too. Nothing else waits for them.
+//
 // For one thread, which tells it the time. An error of the stores is kept and comes back from Flush.
 class Dispatcher {
  public:
@@ -50,6 +58,9 @@ class Dispatcher {
     std::chrono::milliseconds longest_pause{60'000};
     std::chrono::milliseconds stop_grace{120'000};  // from the command to stop to SIGTERM
     std::chrono::milliseconds term_grace{15'000};   // from SIGTERM to SIGKILL
+    // How long after its end all of a job's points are kept, and how long anything of it; 0: for ever.
+    std::chrono::milliseconds keep_points{0};
+    std::chrono::milliseconds keep_jobs{0};
   };
   struct Stats {
     Histogram commit_seconds;
@@ -79,6 +90,8 @@ class Dispatcher {
   // --- what ranks say. What comes from another attempt than the current one is turned away.
   void Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> channel, Moment now);
   void Receive(const RankId& from, const v1::AttachRequest& message, Moment now);
+  // Calls `taken` when more points may come: at once, or by Flush when too many wait to be stored.
+  void WhenRoom(std::function<void()> taken);
   // The stream is at its end; it is closed once all that came by it is on disk.
   void Leave(const RankId& rank, std::shared_ptr<RankChannel> channel);
 
@@ -86,11 +99,14 @@ class Dispatcher {
   void Tick(Moment now);
   // An error means that it is unknown what is on disk: stop, and let a new coordinator begin from there.
   absl::Status Flush(Moment now);
+  // Waits for the points that were handed over, then Flush: nothing is left to be acknowledged.
+  absl::Status FlushAll(Moment now);
 
   const Stats& stats() const { return stats_; }
 
  private:
   using Acknowledgement = std::function<void(const absl::Status&)>;
+  using PointsStored = std::function<void(const absl::Status&, Moment)>;
 
   // dispatcher.cc: jobs and the queue.
   void Write(const absl::Status& status);
@@ -107,6 +123,12 @@ class Dispatcher {
   void ExplainQueue(Moment now);
   void BeginAttempt(JobRecord& record, const PlacementDecision::Start& start, Moment now);
   void Launch(JobRecord& record, Moment now);
+  // Calls `then` by Flush once all points that were handed over so far are stored.
+  void AfterPoints(PointsStored then);
+  bool ArePointsDue() const;
+  void TellOfStoredPoints(Moment now);
+  void KeepHouse(Moment now);
+  void RemoveJob(int64_t sequence);
   void PublishChanged();
   absl::Status LoadLive(JobRecord& record);
   absl::Status Commit();
@@ -117,8 +139,10 @@ class Dispatcher {
   Gang* GangOf(const RankId& rank, JobRecord** record);
   void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat);
   void TakeReport(JobRecord& record, v1::StepReport report, Moment now);
-  // Once it is stored, rank 0 hears how far its reports are.
+  // Once they are stored, the job shows its reports, and rank 0 hears how far they are.
   void AcknowledgeReports(JobRecord& record);
+  void ShowStoredReports(JobRecord& record, const std::optional<v1::StepReport>& train,
+                         const std::optional<v1::StepReport>& eval);
   void TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now);
   // Asks a job to end: by command where there is training to keep, else by signal.
   void RequestEnd(JobRecord& record, const std::string& why, Moment now);
@@ -143,9 +167,13 @@ class Dispatcher {
   Launcher* launcher_ = nullptr;
 
   std::map<int64_t, std::unique_ptr<JobRecord>> records_;  // by sequence
-  std::map<std::string, JobRecord*> by_id_, by_request_id_;
-  std::map<int64_t, JobRecord*> live_;  // those that have not ended
-  std::vector<JobRecord*> changed_;     // since the last publication
+  std::unordered_map<std::string, JobRecord*> by_id_, by_request_id_;
+  std::map<int64_t, JobRecord*> live_;                            // those that have not ended
+  std::unordered_map<std::string, JobRecord*> live_output_dirs_;  // and where they write
+  std::vector<JobRecord*> changed_;                               // since the last publication
+  // (end_time, sequence) of ended jobs: those that are yet to be removed, and those that are yet to be thinned.
+  std::set<std::pair<int64_t, int64_t>> to_remove_, to_thin_;
+  std::vector<std::unique_ptr<JobRecord>> removed_;  // until the commit and who waits for it
   int64_t next_sequence_ = 1;
 
   Scheduler queue_;
@@ -155,6 +183,7 @@ class Dispatcher {
   absl::Status store_status_;
   bool placement_due_ = true;
   std::vector<Acknowledgement> acknowledgements_;
+  std::deque<std::pair<int64_t, PointsStored>> after_points_;  // by MetricStore::last_sequence(), in order
   std::vector<JobRecord*> launches_;
   Stats stats_;
 };

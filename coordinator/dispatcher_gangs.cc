@@ -131,6 +131,7 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
   if (rank.channel) rank.channel->Close(absl::AbortedError("another stream of this rank took its place"));
   const bool were_all = AllAttached(*gang);
   rank.channel = channel;
+  rank.welcomed = false;
   rank.health = {.attached = true, .last_heard = now.steady};
   rank.last_heard_ms = now.unix_ms;
   v1::JobProgress& progress = *record->job.mutable_progress();
@@ -140,19 +141,27 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
     Write(jobs_.UpdateJob(record->sequence, record->job));
   }
   // What is welcomed as stored must be so.
-  acknowledgements_.push_back(
-      [gang_id = RankId{hello.job_id(), hello.attempt(), hello.rank()}, channel, this](const absl::Status& status) {
-        JobRecord* record = nullptr;
-        Gang* gang = GangOf(gang_id, &record);
-        if (!status.ok() || gang == nullptr) return channel->Close(absl::UnavailableError("the attempt has ended"));
-        v1::AttachResponse response;
-        v1::Welcome& welcome = *response.mutable_welcome();
-        welcome.set_last_stored_step(gang->last_step);
-        welcome.set_last_stored_eval_step(gang->last_eval_step);
-        welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
-        channel->Send(std::move(response));
-        if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
-      });
+  const RankId id{hello.job_id(), hello.attempt(), hello.rank()};
+  acknowledgements_.push_back([this, id, channel](const absl::Status& status) {
+    JobRecord* record = nullptr;
+    Gang* gang = GangOf(id, &record);
+    const absl::Status ended = absl::UnavailableError("the attempt has ended");
+    if (!status.ok() || gang == nullptr) return channel->Close(ended);
+    AfterPoints([this, id, channel, ended, step = gang->last_step, eval_step = gang->last_eval_step](
+                    const absl::Status& status, Moment) {
+      JobRecord* record = nullptr;
+      Gang* gang = GangOf(id, &record);
+      if (!status.ok() || gang == nullptr) return channel->Close(ended);
+      v1::AttachResponse response;
+      v1::Welcome& welcome = *response.mutable_welcome();
+      welcome.set_last_stored_step(step);
+      welcome.set_last_stored_eval_step(eval_step);
+      welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
+      channel->Send(std::move(response));
+      if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
+      if (Rank& rank = gang->ranks[id.rank]; rank.channel == channel) rank.welcomed = true;
+    });
+  });
   if (!were_all && AllAttached(*gang)) {
     Apply(*record, JobTrigger::kRanksAttached, "running",
           absl::StrCat("attempt ", hello.attempt(), " runs on ", hello.world_size(),
@@ -180,7 +189,10 @@ void Dispatcher::Leave(const RankId& id, std::shared_ptr<RankChannel> channel) {
   if (Gang* gang = GangOf(id, &record); gang != nullptr && gang->ranks[id.rank].channel == channel) {
     gang->ranks[id.rank].channel.reset();
   }
-  acknowledgements_.push_back([channel](const absl::Status& status) { channel->Close(status); });
+  acknowledgements_.push_back([this, channel](const absl::Status& status) {
+    if (!status.ok()) return channel->Close(status);
+    AfterPoints([channel](const absl::Status& status, Moment) { channel->Close(status); });
+  });
 }
 
 void Dispatcher::TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat) {
@@ -211,23 +223,31 @@ void Dispatcher::TakeReport(JobRecord& record, v1::StepReport report, Moment now
   }
   point.set_attempt(record.job.attempt());
   if (!point.has_time()) *point.mutable_time() = ToTimestamp(now.unix_ms);
-  Write(metrics_.AddPoint(record.sequence, report));
+  metrics_.Add(record.sequence, report);
+  gang.last_point = metrics_.last_sequence();
   if (point.step() <= last) return;  // it came again
   ++stats_.points;
-  v1::JobProgress& progress = *record.job.mutable_progress();
-  if (is_eval) {
-    *progress.mutable_eval_metrics() = point.values();
-  } else {
-    record.attempts.back().set_last_step(point.step());
-    ShowTrainReport(report, &progress);
-    const double seconds = progress.step_seconds();
+  last = point.step();
+  if (!is_eval) {
+    const double seconds = ValueOr(point, "step_seconds", 0);
     record.step_seconds.Add(seconds);
     double& mean = record.mean_step_seconds;
     mean = mean == 0 ? seconds : (1 - kLatestStepWeight) * mean + kLatestStepWeight * seconds;
-    progress.set_eta_seconds(std::max<double>(0, static_cast<double>(progress.steps_planned() - point.step()) * mean));
   }
-  last = point.step();
-  Changed(record);
+  (is_eval ? gang.unstored_eval : gang.unstored_train) = std::move(report);
+}
+
+void Dispatcher::ShowStoredReports(JobRecord& record, const std::optional<v1::StepReport>& train,
+                                   const std::optional<v1::StepReport>& eval) {
+  v1::JobProgress& progress = *record.job.mutable_progress();
+  if (eval) *progress.mutable_eval_metrics() = eval->point().values();
+  if (train) {
+    record.attempts.back().set_last_step(train->point().step());
+    ShowTrainReport(*train, &progress);
+    const double steps_left = static_cast<double>(progress.steps_planned() - progress.step());
+    progress.set_eta_seconds(std::max<double>(0, steps_left * record.mean_step_seconds));
+  }
+  if (train || eval) Changed(record);
 }
 
 void Dispatcher::AcknowledgeReports(JobRecord& record) {
@@ -238,11 +258,18 @@ void Dispatcher::AcknowledgeReports(JobRecord& record) {
         Gang* gang = GangOf(id, &record);
         if (!status.ok() || gang == nullptr) return;
         gang->ack_due = false;
-        if (!gang->ranks[0].channel) return;
         v1::AttachResponse response;
         response.mutable_ack()->set_step(gang->last_step);
         response.mutable_ack()->set_eval_step(gang->last_eval_step);
-        gang->ranks[0].channel->Send(std::move(response));
+        AfterPoints([this, id, response = std::move(response), train = std::exchange(gang->unstored_train, {}),
+                     eval = std::exchange(gang->unstored_eval, {})](const absl::Status& status, Moment now) {
+          JobRecord* record = nullptr;
+          Gang* gang = GangOf(id, &record);
+          if (!status.ok() || gang == nullptr) return;
+          ShowStoredReports(*record, train, eval);
+          if (const Rank& rank = gang->ranks[0]; rank.channel && rank.welcomed) rank.channel->Send(response);
+          if (gang->files_read) TendGang(*record, now);  // its end has waited for this
+        });
       });
 }
 
@@ -300,7 +327,7 @@ void Dispatcher::AskToLeave(JobRecord& record, v1::JobState state, Moment now) {
 
 void Dispatcher::SendStop(JobRecord& record) {
   for (const Rank& rank : record.gang->ranks) {
-    if (!rank.channel) continue;  // hears it when it is back
+    if (!rank.channel || !rank.welcomed) continue;  // hears it with its welcome
     acknowledgements_.push_back([channel = rank.channel, why = record.job.reason()](const absl::Status& status) {
       if (status.ok()) channel->Send(StopCommand(why));
     });
@@ -321,6 +348,7 @@ void Dispatcher::Tick(Moment now) {
     if (record->gang && record->gang->launched) with_gang.push_back(record);
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
+  KeepHouse(now);
   placement_due_ = true;
   explain_due_ = true;
 }
@@ -329,11 +357,17 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
   const v1::Job& job = record.job;
   Gang& gang = *record.gang;
   const GangStatus status = launcher_->Poll(job.id(), job.attempt());
-  if (status.phase == GangStatus::Phase::kEnded) return EndAttempt(record, status.exit.exit_code, "", now);
-  if (status.phase == GangStatus::Phase::kLost) {
-    // Without its supervisor nothing else ends what may be left of it.
-    launcher_->Kill(job.id(), job.attempt());
-    return EndAttempt(record, std::nullopt, status.reason, now);
+  if (status.phase == GangStatus::Phase::kEnded || status.phase == GangStatus::Phase::kLost) {
+    const bool lost = status.phase == GangStatus::Phase::kLost;
+    if (!std::exchange(gang.files_read, true)) {
+      // Without its supervisor nothing else ends what may be left of it.
+      if (lost) launcher_->Kill(job.id(), job.attempt());
+      TakeLeftPoints(record, now);
+    }
+    // Nobody would send these points again once the attempt has ended.
+    if (gang.last_point > metrics_.stored_sequence() || gang.unstored_train || gang.unstored_eval) return;
+    return EndAttempt(record, lost ? std::nullopt : std::optional(status.exit.exit_code), lost ? status.reason : "",
+                      now);
   }
   if (status.phase != gang.phase) {
     gang.phase = status.phase;
@@ -410,7 +444,6 @@ void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
 
 void Dispatcher::EndAttempt(JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason,
                             Moment now) {
-  TakeLeftPoints(record, now);
   v1::Job& job = record.job;
   const bool restarts_left = job.restarts() < job.max_restarts();
   // A gang that was ended for a fault has failed by it, whatever its exit code is; but 0 is 0.

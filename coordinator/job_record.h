@@ -39,6 +39,7 @@ struct Rank {
   RankHealth health;
   int64_t last_heard_ms = 0;             // Unix time, for the metrics page
   std::shared_ptr<RankChannel> channel;  // empty while the rank is not connected
+  bool welcomed = false;                 // by this channel
 };
 
 // The processes of the current attempt. Only in memory: a new coordinator builds it again.
@@ -48,10 +49,14 @@ struct Gang {
   std::vector<Rank> ranks;
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
   std::optional<SteadyTime> started;  // when mpirun ran, or when this coordinator found it
-  int64_t last_step = 0;              // of the train split, stored for this attempt; 0: none
+  int64_t last_step = 0;              // of the train split, handed to the store for this attempt; 0: none
   int64_t last_eval_step = -1;        // -1: none
-  std::string error;                  // what a rank said before it left
-  bool ack_due = false;               // rank 0 is to hear that its reports are stored
+  int64_t last_point = 0;             // number of the newest point that was handed to the store
+  // The newest reports that the job does not show yet, since they are not stored.
+  std::optional<v1::StepReport> unstored_train, unstored_eval;
+  std::string error;        // what a rank said before it left
+  bool ack_due = false;     // rank 0 is to hear that its reports are stored
+  bool files_read = false;  // the gang has ended, and its files have been read for points
   // Ending it: first asked by command, then terminated, then killed.
   std::string fault;  // why this coordinator ends it as faulty; empty: it does not
   std::optional<SteadyTime> stop_asked;
@@ -64,7 +69,8 @@ struct Gang {
 struct JobRecord {
   int64_t sequence = 0;  // order of submission; the key in the stores
   std::string request_digest;
-  v1::Job job;
+  v1::Job job;  // without config_yaml
+  std::shared_ptr<const std::string> config_yaml;
   JobConfig config;
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;

@@ -19,6 +19,7 @@ absl::Status ParseBlob(const std::string& bytes, Message* message) {
 }
 
 std::string JobBlob(const v1::Job& job) {
+  if (job.config_yaml().empty()) return job.SerializeAsString();
   v1::Job stored = job;
   stored.clear_config_yaml();
   return stored.SerializeAsString();
@@ -51,6 +52,9 @@ absl::StatusOr<std::unique_ptr<JobStore>> JobStore::Open(Database& database) {
       prepare(writer, "INSERT OR REPLACE INTO attempts (job, number, attempt) VALUES (?, ?, ?)", &store->put_attempt_));
   SIMPO_RETURN_IF_ERROR(
       prepare(writer, "INSERT INTO events (job, sequence, last_point, event) VALUES (?, ?, ?, ?)", &store->add_event_));
+  SIMPO_RETURN_IF_ERROR(prepare(writer, "DELETE FROM events WHERE job = ?", &store->delete_events_));
+  SIMPO_RETURN_IF_ERROR(prepare(writer, "DELETE FROM attempts WHERE job = ?", &store->delete_attempts_));
+  SIMPO_RETURN_IF_ERROR(prepare(writer, "DELETE FROM jobs WHERE sequence = ?", &store->delete_job_));
   Sqlite& reader = database.reader();
   SIMPO_RETURN_IF_ERROR(
       prepare(reader, "SELECT attempt FROM attempts WHERE job = ? ORDER BY number", &store->load_attempts_));
@@ -96,6 +100,13 @@ absl::Status JobStore::AddEvent(int64_t job, const v1::JobEvent& event, int64_t 
   return add_event_.Reset().Bind(job).Bind(event.sequence()).Bind(last_point).BindBlob(blob).Run();
 }
 
+absl::Status JobStore::DeleteJob(int64_t sequence) {
+  SIMPO_RETURN_IF_ERROR(database_.Begin());
+  SIMPO_RETURN_IF_ERROR(delete_events_.Reset().Bind(sequence).Run());
+  SIMPO_RETURN_IF_ERROR(delete_attempts_.Reset().Bind(sequence).Run());
+  return delete_job_.Reset().Bind(sequence).Run();
+}
+
 absl::Status JobStore::LoadAttempts(StoredJob& stored) {
   load_attempts_.Reset().Bind(stored.sequence);
   while (true) {
@@ -109,8 +120,10 @@ absl::StatusOr<std::vector<StoredJob>> JobStore::LoadJobs() {
   const std::lock_guard lock(database_.reader_mutex());
   SIMPO_ASSIGN_OR_RETURN(
       SqliteStatement rows,
-      database_.reader().Prepare("SELECT sequence, request_digest, job, config_yaml, (SELECT max(events.sequence) "
-                                 "FROM events WHERE events.job = jobs.sequence) FROM jobs ORDER BY sequence"));
+      database_.reader().Prepare(
+          "SELECT jobs.sequence, request_digest, jobs.job, config_yaml, last.sequence, last.last_point FROM jobs LEFT "
+          "JOIN events AS last ON last.job = jobs.sequence AND last.sequence = (SELECT max(sequence) FROM events WHERE "
+          "events.job = jobs.sequence) ORDER BY jobs.sequence"));
   std::vector<StoredJob> jobs;
   while (true) {
     SIMPO_ASSIGN_OR_RETURN(const bool row, rows.Step());
@@ -121,6 +134,7 @@ absl::StatusOr<std::vector<StoredJob>> JobStore::LoadJobs() {
     SIMPO_RETURN_IF_ERROR(ParseBlob(rows.Text(2), &stored.job));
     stored.job.set_config_yaml(rows.Text(3));
     stored.last_event = rows.Int(4);
+    stored.last_point = rows.Int(5);
     SIMPO_RETURN_IF_ERROR(LoadAttempts(stored));
   }
 }

@@ -20,6 +20,7 @@ struct StoredJob {
   v1::Job job;
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;  // JobEvent.sequence of the newest; 0: none
+  int64_t last_point = 0;  // the newest point that was stored before that event
 };
 
 // Jobs, attempts and events. Writes belong to the controller's thread and are durable after
@@ -31,8 +32,10 @@ class JobStore {
   absl::Status InsertJob(const StoredJob& stored);
   absl::Status UpdateJob(int64_t sequence, const v1::Job& job);
   absl::Status PutAttempt(int64_t job, const v1::Attempt& attempt);
-  // `last_point`: MetricStore::last_sequence() at this moment.
+  // `last_point`: MetricStore::stored_sequence() at this moment.
   absl::Status AddEvent(int64_t job, const v1::JobEvent& event, int64_t last_point);
+  // With its attempts and events.
+  absl::Status DeleteJob(int64_t sequence);
 
   // Every job, in order of submission.
   absl::StatusOr<std::vector<StoredJob>> LoadJobs();
@@ -49,6 +52,7 @@ class JobStore {
 
   Database& database_;
   SqliteStatement insert_job_, update_job_, put_attempt_, add_event_;        // of the writer
+  SqliteStatement delete_events_, delete_attempts_, delete_job_;             // of the writer
   SqliteStatement load_attempts_, events_after_, last_events_, last_point_;  // of the reader
 };
 

@@ -33,10 +33,18 @@ std::optional<LogCursor> ParseCursor(const std::string& text) {
   return cursor;
 }
 
+absl::Status JobRemoved(const std::string& id) {
+  return absl::NotFoundError(absl::StrCat("job ", id, " has been removed; it ended long ago (history_days)"));
+}
+
 }  // namespace
 
 bool WatchStream::Next(v1::WatchJobResponse* response, std::optional<absl::Status>* end) {
   const JobViews::View view = views_.FindById(job_id_);
+  if (!view) {
+    *end = JobRemoved(job_id_);
+    return false;
+  }
   if (version_ == view->version && !more_) {
     if (IsFinal(view->job.state())) *end = absl::OkStatus();
     return false;
@@ -58,9 +66,10 @@ absl::Status WatchStream::Fill(const JobView& view, v1::WatchJobResponse* respon
   SIMPO_ASSIGN_OR_RETURN(std::vector<v1::MetricPoint> points,
                          metrics_.PointsSince(view.sequence, &*last_point_, kPointsOfAResponse));
   more_ = events.size() == kEventsOfAResponse || points.size() == kPointsOfAResponse;
+  // An event is a cursor from which a client goes on: it must have all points that were stored before it.
+  if (points.size() == kPointsOfAResponse) events.clear();
   if (!events.empty()) last_event_ = events.back().sequence();
   *response->mutable_job() = view.job;
-  response->mutable_job()->clear_config_yaml();
   for (v1::JobEvent& event : events) response->add_events()->Swap(&event);
   for (v1::MetricPoint& point : points) response->add_points()->Swap(&point);
   return absl::OkStatus();
@@ -123,6 +132,10 @@ absl::Status LogStream::NoLog(const JobView& view) const {
 
 bool LogStream::Next(v1::StreamLogsResponse* response, std::optional<absl::Status>* end) {
   const JobViews::View view = views_.FindById(job_id_);
+  if (!view) {
+    *end = JobRemoved(job_id_);
+    return false;
+  }
   if (view->attempts.empty()) {
     if (!follow_ || IsFinal(view->job.state())) *end = NoLog(*view);
     return false;

@@ -26,12 +26,24 @@ void JobViews::Publish(std::vector<View> views) {
   {
     const std::lock_guard lock(mutex_);
     for (View& view : views) {
-      by_id_[view->job.id()] = view->sequence;
-      by_request_id_[view->job.request_id()] = view->sequence;
-      by_sequence_[view->sequence] = std::move(view);
+      View& place = by_sequence_[view->sequence];
+      if (!place) {
+        by_id_[view->job.id()] = view->sequence;
+        by_request_id_[view->job.request_id()] = view->sequence;
+      }
+      place = std::move(view);
     }
   }
   if (listener_) listener_();
+}
+
+void JobViews::Remove(int64_t sequence) {
+  const std::lock_guard lock(mutex_);
+  const auto found = by_sequence_.find(sequence);
+  if (found == by_sequence_.end()) return;
+  by_id_.erase(found->second->job.id());
+  by_request_id_.erase(found->second->job.request_id());
+  by_sequence_.erase(found);
 }
 
 absl::StatusOr<JobViews::View> JobViews::Find(const std::string& reference) const {

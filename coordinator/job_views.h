@@ -21,7 +21,8 @@ struct JobView {
   int64_t sequence = 0;  // the key in the stores
   uint64_t version = 0;  // another one: something changed that a watcher should hear of
   std::string request_digest;
-  v1::Job job;
+  v1::Job job;  // without config_yaml
+  std::shared_ptr<const std::string> config_yaml;
   std::vector<v1::Attempt> attempts;
   std::string secret;  // of the attempt whose ranks may report; empty: none
 
@@ -41,6 +42,8 @@ class JobViews {
   void SetListener(std::function<void()> listener) { listener_ = std::move(listener); }
 
   void Publish(std::vector<View> views);
+  // Of a job that is no more. Its pictures live on with those who hold one.
+  void Remove(int64_t sequence);
   // By id, by a name that only one job has, or by the beginning of an id. NOT_FOUND, or
   // FAILED_PRECONDITION with the candidates when several match.
   absl::StatusOr<View> Find(const std::string& reference) const;

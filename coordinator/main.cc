@@ -2,7 +2,8 @@
 //
 //   simpo-coordinator --data-dir DIR [--config coordinator.yaml] [flags]
 //   simpo-coordinator token create|list|revoke --data-dir DIR
-//   simpo-coordinator supervise --attempt-dir DIR      what it starts for each attempt of a job
+//   simpo-coordinator backup --data-dir DIR --to FOLDER    copies the databases, also while a coordinator runs
+//   simpo-coordinator supervise --attempt-dir DIR          what it starts for each attempt of a job
 #include <grpc/support/log.h>
 #include <signal.h>
 
@@ -17,7 +18,9 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "common/log.h"
+#include "coordinator/data_dir.h"
 #include "coordinator/server.h"
 #include "coordinator/server_options.h"
 #include "coordinator/supervisor.h"
@@ -72,6 +75,7 @@ int Main(int argc, char** argv) {
   ServerOptions options;
   std::string config;
   std::string attempt_dir;
+  std::string backup_from, backup_to;
   AddServerFlags(app, &options);
   app.add_option("--config", config, "YAML file with the same settings, as data_dir: DIR; flags win");
   app.set_version_flag("--version", "simpo-coordinator " SIMPO_VERSION);
@@ -79,18 +83,29 @@ int Main(int argc, char** argv) {
   supervise->add_option("--attempt-dir", attempt_dir, "The attempt's folder")->required();
   std::function<absl::Status(const std::filesystem::path&)> run_token_command;
   AddTokenCommands(app, &run_token_command);
+  CLI::App* backup = app.add_subcommand("backup", "Copy the databases, also while a coordinator runs");
+  backup->add_option("--data-dir", backup_from, "The coordinator's data folder")->required();
+  backup->add_option("--to", backup_to, "A folder for the copies: a new or an empty one")->required();
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kBadUsage;
   }
   if (supervise->parsed()) return RunSupervisor(attempt_dir);
+  if (backup->parsed()) {
+    if (absl::Status status = BackUpDataDir(backup_from, backup_to); !status.ok()) return Fail(status);
+    std::printf("%s: backed up to %s\n", backup_from.c_str(), backup_to.c_str());
+    return 0;
+  }
+  // A check of the library's own locks that costs some percent of every call.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   // gRPC's own log would repeat what our messages say.
   if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
   if (!config.empty()) {
     if (absl::Status status = ReadServerConfig(app, config, &options); !status.ok()) return Fail(status);
   }
   if (run_token_command) {
+    if (options.data_dir.empty()) return Fail(NoDataDir());
     if (absl::Status status = MakeDataDir(options.data_dir); !status.ok()) return Fail(status);
     const absl::Status status = run_token_command(options.TokenFile());
     return status.ok() ? 0 : Fail(status);

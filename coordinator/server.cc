@@ -3,7 +3,6 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -17,8 +16,8 @@
 #include "common/status_macros.h"
 #include "coordinator/audit_log.h"
 #include "coordinator/controller.h"
+#include "coordinator/data_dir.h"
 #include "coordinator/exposition.h"
-#include "coordinator/file_lock.h"
 #include "coordinator/guard.h"
 #include "coordinator/http_server.h"
 #include "coordinator/launcher_mpirun.h"
@@ -34,6 +33,7 @@ namespace fs = std::filesystem;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kShutdownGrace{2'000};  // for calls that are under way
+constexpr double kSecondsOfADay = 86'400;
 
 // What one client may take of the server.
 constexpr int kMaxMessageBytes = 2 << 20;  // a job file has 1 MiB at most
@@ -73,14 +73,9 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
   result.first_pause = Milliseconds(options.restart_pause_s);
   result.longest_pause = Milliseconds(options.restart_pause_max_s);
   result.stop_grace = Milliseconds(options.stop_grace_s);
+  result.keep_jobs = Milliseconds(options.history_days * kSecondsOfADay);
+  result.keep_points = Milliseconds(options.metrics_full_days * kSecondsOfADay);
   return result;
-}
-
-absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {
-  absl::StatusOr<FileLock> lock = FileLock::Acquire(dir / "coordinator.lock");
-  if (!absl::IsAlreadyExists(lock.status())) return lock;
-  return absl::AlreadyExistsError(absl::StrCat("another simpo-coordinator is using the data directory ", dir.string(),
-                                               "; stop it first, or choose another one with --data-dir"));
 }
 
 class ServerImpl final : public Server {
@@ -109,6 +104,7 @@ class ServerImpl final : public Server {
       healthy_ = false;
       on_failure(status);
     });
+    metrics_->SetListener([this] { controller_->Wake(); });
     SIMPO_RETURN_IF_ERROR(StartHttp());
     SIMPO_RETURN_IF_ERROR(StartGrpc());
     std::string tls_name;
@@ -133,9 +129,10 @@ class ServerImpl final : public Server {
 
  private:
   absl::Status OpenStores() {
-    SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(fs::path(options_.data_dir) / "coordinator.db"));
+    const fs::path dir = options_.data_dir;
+    SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(dir / kJobsFile));
     SIMPO_ASSIGN_OR_RETURN(jobs_, JobStore::Open(*database_));
-    SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(*database_));
+    SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(dir / kMetricsFile));
     return absl::OkStatus();
   }
 

@@ -59,6 +59,9 @@ const Key kKeys[] = {
     {"preemption", &ServerOptions::preemption, "Let jobs of higher priority take the slots of running ones"},
     {"starvation_minutes", &ServerOptions::starvation_minutes,
      "Minutes of waiting after which a job gains priority; 0: never"},
+    {"history_days", &ServerOptions::history_days, "Days that an ended job is kept with its events; 0: for ever"},
+    {"metrics_full_days", &ServerOptions::metrics_full_days,
+     "Days that an ended job keeps every metric point; then about 1,000 per split stay; 0: for ever"},
 };
 
 std::string FlagOf(const Key& key) { return absl::StrCat("--", absl::StrReplaceAll(key.name, {{"_", "-"}})); }
@@ -74,10 +77,6 @@ int UsableCores() {
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
   return std::max(1, CPU_COUNT(&cores));
-}
-
-absl::Status NoDataDir() {
-  return absl::InvalidArgumentError("--data-dir is missing: name a folder for the database, attempts and outputs");
 }
 
 bool IsProgram(const fs::path& path) {
@@ -244,14 +243,8 @@ absl::Status ReadServerConfig(const CLI::App& app, const fs::path& file, ServerO
   return absl::InvalidArgumentError(absl::StrJoin(problems, "\n"));
 }
 
-absl::Status MakeDataDir(const fs::path& dir) {
-  if (dir.empty()) return NoDataDir();
-  std::error_code error;
-  fs::create_directories(dir, error);
-  if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return absl::OkStatus();
-  return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
-                                                  error ? error.message() : "no permission to write there",
-                                                  "; choose another one with --data-dir"));
+absl::Status NoDataDir() {
+  return absl::InvalidArgumentError("--data-dir is missing: name a folder for the database, attempts and outputs");
 }
 
 absl::Status CompleteServerOptions(ServerOptions* options) {

@@ -38,6 +38,8 @@ struct ServerOptions {
   double restart_pause_max_s = 60;
   int log_limit_mb = 256;          // of each log file of an attempt; 0: no limit
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
+  double history_days = 90;        // how long an ended job is kept; 0: for ever
+  double metrics_full_days = 30;   // after its end, with every point; 0: for ever
   bool preemption = false;         // jobs of higher priority may take the slots of running ones
   double starvation_minutes = 60;  // of waiting, after which a job gains priority; 0: never
   // In the config file only. This machine, when none is named; more than one needs a launcher that
@@ -63,8 +65,8 @@ absl::Status ReadServerConfig(const CLI::App& app, const std::filesystem::path& 
 // that the programs are there.
 absl::Status CompleteServerOptions(ServerOptions* options);
 
-// Makes the folder when it is missing. INVALID_ARGUMENT: none is named; PERMISSION_DENIED: it cannot be used.
-absl::Status MakeDataDir(const std::filesystem::path& dir);
+// What is said when data_dir is empty.
+absl::Status NoDataDir();
 
 }  // namespace simpo
 

@@ -53,6 +53,10 @@ class Sqlite {
 
   absl::Status Execute(const std::string& sql);
   absl::StatusOr<SqliteStatement> Prepare(const std::string& sql);
+  // Rows that the last INSERT, UPDATE or DELETE has touched.
+  int64_t Changes() const;
+  // Copies what is committed now into `target`, a file that is not there yet. Others may write meanwhile.
+  absl::Status BackUp(const std::filesystem::path& target);
 
  private:
   struct Close {

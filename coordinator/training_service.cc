@@ -124,6 +124,7 @@ absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& reques
                       "REQUEST_ID_REUSED");
   }
   *response->mutable_job() = view.job;
+  response->mutable_job()->set_config_yaml(*view.config_yaml);
   response->set_already_existed(true);
   return absl::OkStatus();
 }
@@ -272,6 +273,7 @@ absl::Status TrainingService::GetJobNow(const v1::GetJobRequest& request, v1::Ge
   SIMPO_ASSIGN_OR_RETURN(const JobViews::View view, parts_.views.Find(request.job_id()));
   SIMPO_ASSIGN_OR_RETURN(std::vector<v1::JobEvent> events, parts_.jobs.LastEvents(view->sequence, kEventsShown));
   *response->mutable_job() = view->job;
+  response->mutable_job()->set_config_yaml(*view->config_yaml);
   for (const v1::Attempt& attempt : view->attempts) *response->add_attempts() = attempt;
   for (v1::JobEvent& event : events) {
     if (event.type() == "advice") response->add_advice(event.message());
@@ -303,9 +305,7 @@ absl::Status TrainingService::ListJobsNow(const v1::ListJobsRequest& request, v1
       response->set_next_page_token(absl::StrCat(before));
       return absl::OkStatus();
     }
-    v1::Job& job = *response->add_jobs();
-    job = (*view)->job;
-    job.clear_config_yaml();
+    *response->add_jobs() = (*view)->job;
     before = (*view)->sequence;
   }
   return absl::OkStatus();
@@ -335,6 +335,11 @@ absl::Status TrainingService::ListMetricsNow(const v1::ListMetricsRequest& reque
   response->set_more(points.size() > static_cast<size_t>(size));
   if (response->more()) points.pop_back();
   for (v1::MetricPoint& point : points) response->add_points()->Swap(&point);
+  SIMPO_ASSIGN_OR_RETURN(const auto thinned, parts_.metrics.FindThinned(view->sequence, split));
+  if (thinned) {
+    response->set_kept_every(thinned->every);
+    *response->mutable_thinned_time() = ToTimestamp(thinned->time_ms);
+  }
   return absl::OkStatus();
 }
 

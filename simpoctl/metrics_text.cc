@@ -60,4 +60,9 @@ std::string MetricsJson(const std::vector<v1::MetricPoint>& points) {
   return text + (points.empty() ? "]\n" : "\n]\n");
 }
 
+std::string ThinnedNote(const v1::ListMetricsResponse& response) {
+  return absl::StrCat("The job ended long ago: since ", ShortTime(response.thinned_time()), " one of every ",
+                      response.kept_every(), " steps is kept, and the first and the last (metrics_full_days).\n");
+}
+
 }  // namespace simpo

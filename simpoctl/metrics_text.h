@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "simpo/v1/job.pb.h"
+#include "simpo/v1/training_service.pb.h"
 
 namespace simpo {
 
@@ -13,6 +14,9 @@ namespace simpo {
 std::string MetricsCsv(const std::vector<v1::MetricPoint>& points);
 // An array of objects, one per line.
 std::string MetricsJson(const std::vector<v1::MetricPoint>& points);
+
+// That points of an old job are gone, for people.
+std::string ThinnedNote(const v1::ListMetricsResponse& response);
 
 }  // namespace simpo
 

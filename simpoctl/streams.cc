@@ -107,6 +107,7 @@ absl::StatusOr<int> Metrics(Client& client, const MetricsOptions& options) {
   for (bool more = true; more;) {
     SIMPO_ASSIGN_OR_RETURN(v1::ListMetricsResponse response, client.ListMetrics(request));
     more = response.more() && response.points_size() > 0;
+    if (points.empty() && response.kept_every() > 1) PrintErr(ThinnedNote(response));
     if (more) request.set_after_step(response.points().rbegin()->step());
     for (v1::MetricPoint& point : *response.mutable_points()) points.push_back(std::move(point));
   }

@@ -51,6 +51,7 @@ class Bench {
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
     if (!dispatcher_->Load(Moment::Now()).ok()) Fail("the stores cannot be read");
     controller_.emplace(*dispatcher_, [](const absl::Status& status) { Fail(std::string(status.message())); });
+    stores_.metrics->SetListener([this] { controller_->Wake(); });
     controller_->Start(launcher_);
     ranks_ = std::thread([this] { AttachRanks(); });
   }

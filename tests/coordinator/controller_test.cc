@@ -26,6 +26,7 @@ class ControllerTest : public ::testing::Test {
     views_.SetListener([this] { pump_.Wake(); });
     EXPECT_TRUE(dispatcher_->Load(Moment::Now()).ok());
     controller_.emplace(*dispatcher_, [](const absl::Status& status) { ADD_FAILURE() << status; });
+    stores_.metrics->SetListener([this] { controller_->Wake(); });
     controller_->Start(launcher_);
   }
 

@@ -29,14 +29,13 @@ class DispatcherTest : public ::testing::Test {
     views_.emplace();
     stores_ = {};
     stores_ = Stores::Open(dir_ / "test.db");
-    Dispatcher::Options options;
-    options.slots_total = 4;
-    options.outputs_dir = dir_ / "outputs";
-    options.queue = queue_;
-    dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, *views_);
+    options_.slots_total = 4;
+    options_.outputs_dir = dir_ / "outputs";
+    options_.queue = queue_;
+    dispatcher_.emplace(options_, *stores_.database, *stores_.jobs, *stores_.metrics, *views_);
     ASSERT_OK(dispatcher_->Load(now_));
   }
-  void Flush() { ASSERT_OK(dispatcher_->Flush(now_)); }
+  void Flush() { ASSERT_OK(dispatcher_->FlushAll(now_)); }
   void Pass(milliseconds time) {
     now_.steady += time;
     now_.unix_ms += time.count();
@@ -97,6 +96,7 @@ class DispatcherTest : public ::testing::Test {
 
   TempDir dir_;
   Moment now_{.steady = SteadyTime(seconds(100'000)), .unix_ms = 1'700'000'000'000};
+  Dispatcher::Options options_;
   FakeLauncher launcher_;
   Scheduler::Options queue_;  // counts from StartCoordinator on
   Stores stores_;
@@ -645,6 +645,106 @@ TEST_F(DispatcherTest, TwoLiveJobsDoNotShareAnOutputFolder) {
   const auto second = Submit(yaml);
   EXPECT_EQ(second.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(second.status().message()), HasSubstr(id));
+}
+
+TEST_F(DispatcherTest, PointsThatWaitForTheirDiskHoldUpNoState) {
+  const std::string id = Start(JobYaml(1));
+  const auto channel = AttachAll(id, 1, 1)[0];
+  Sqlite other = ValueOf(Sqlite::Open(dir_ / kMetricsFile, /*read_only=*/false));
+  ASSERT_OK(other.Execute("BEGIN IMMEDIATE"));  // nobody else can write there now
+
+  dispatcher_->Receive({id, 1, 0}, StepMessage(1), now_);
+  ASSERT_OK(dispatcher_->Flush(now_));
+  EXPECT_EQ(channel->acknowledged(), -1);
+  EXPECT_EQ(Job(id).progress().step(), 0) << "what is shown is stored";
+  bool answered = false;
+  dispatcher_->Submit(CheckSubmission(SubmitRequest(JobYaml()), 4), "", now_,
+                      [&](auto answer) { answered = answer.ok(); });
+  ASSERT_OK(dispatcher_->Flush(now_));
+  EXPECT_TRUE(answered);
+  const auto again = std::make_shared<FakeChannel>();
+  v1::Hello hello;
+  hello.set_job_id(id);
+  hello.set_attempt(1);
+  hello.set_world_size(1);
+  dispatcher_->Attach(hello, again, now_);
+  launcher_.End(id, 1, 0);
+  now_.steady += milliseconds(200);
+  dispatcher_->Tick(now_);
+  ASSERT_OK(dispatcher_->Flush(now_));
+  EXPECT_TRUE(again->sent().empty()) << "what it is welcomed with must be stored";
+  EXPECT_EQ(State(id), "RUNNING") << "nobody would send the point again after the end";
+
+  ASSERT_OK(other.Execute("COMMIT"));
+  Flush();
+  EXPECT_TRUE(again->closed()) << "the gang had gone already: there is nobody to welcome";
+  EXPECT_EQ(State(id), "SUCCEEDED");
+  EXPECT_EQ(Job(id).progress().step(), 1);
+  EXPECT_THAT(StoredSteps(id), ElementsAre(1));
+}
+
+TEST_F(DispatcherTest, AStopIsHeardAfterTheWelcome) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  Say(id, 1, 0, StepMessage(1));
+  const auto channel = std::make_shared<FakeChannel>();
+  v1::Hello hello;
+  hello.set_job_id(id);
+  hello.set_attempt(1);
+  hello.set_world_size(1);
+  dispatcher_->Attach(hello, channel, now_);
+  Cancel(id);
+  ASSERT_EQ(channel->sent().size(), 2u);
+  EXPECT_TRUE(channel->sent()[0].has_welcome());
+  EXPECT_TRUE(channel->sent()[1].has_command());
+}
+
+TEST_F(DispatcherTest, OldJobsAreRemovedWithAllThatIsTheirs) {
+  options_.keep_jobs = std::chrono::days(10);
+  StartCoordinator();
+  const auto run = [&](const std::string& request_id) {
+    const std::string id = Submit(JobYaml(1), request_id)->job().id();
+    AttachAll(id, 1, 1);
+    for (int step = 1; step <= 3; ++step) Say(id, 1, 0, StepMessage(step));
+    launcher_.End(id, 1, 0);
+    Pass(milliseconds(200));
+    EXPECT_EQ(State(id), "SUCCEEDED");
+    return id;
+  };
+  const std::string old = run("old");
+  Pass(std::chrono::days(5));
+  const std::string young = run("young");
+  Pass(std::chrono::days(4));
+  EXPECT_TRUE(views_->FindById(old));
+  Pass(std::chrono::days(2));
+  EXPECT_TRUE(Eventually([&] {
+    Pass(milliseconds(200));
+    return !views_->FindById(old);
+  }));
+  EXPECT_EQ(StoredSteps(young).size(), 3u);
+  EXPECT_TRUE(ValueOf(stores_.metrics->ListPoints(1, "train", -1, 10)).empty());
+  EXPECT_TRUE(ValueOf(stores_.jobs->LastEvents(1, 10)).empty());
+  EXPECT_EQ(Cancel(young).state(), v1::JOB_STATE_SUCCEEDED);
+  StartCoordinator();
+  EXPECT_FALSE(views_->FindById(old));
+  EXPECT_EQ(views_->All().size(), 1u);
+  EXPECT_FALSE(Submit(JobYaml(1), "old")->already_existed());
+}
+
+TEST_F(DispatcherTest, PointsOfJobsThatEndedLongAgoAreThinned) {
+  options_.keep_points = std::chrono::days(3);
+  StartCoordinator();
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  for (int step = 1; step <= 2500; ++step) dispatcher_->Receive({id, 1, 0}, StepMessage(step), now_);
+  Flush();
+  Pass(std::chrono::days(4));
+  EXPECT_EQ(stores_.metrics->chores_waiting(), 0u) << "it has not ended";
+  launcher_.End(id, 1, 0);
+  Pass(milliseconds(200));
+  Pass(std::chrono::days(4));
+  ASSERT_TRUE(Eventually([&] { return stores_.metrics->chores_waiting() == 0; }));
+  EXPECT_EQ(ValueOf(stores_.metrics->ListPoints(1, "train", -1, 9999)).size(), 834u);
 }
 
 TEST_F(DispatcherTest, NothingIsAcknowledgedThatIsNotOnDisk) {

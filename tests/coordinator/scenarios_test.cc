@@ -274,7 +274,7 @@ class DispatcherWorld final : public World {
  private:
   Moment Now() const { return {.steady = SteadyTime(std::chrono::milliseconds(now_ms_)), .unix_ms = now_ms_}; }
   void Flush() {
-    ASSERT_OK(dispatcher_->Flush(Now()));
+    ASSERT_OK(dispatcher_->FlushAll(Now()));
     for (const GangRequest& gang : launcher_.TakeStarted()) {
       for (int rank = 0; rank < gang.ranks; ++rank) {
         dispatcher_->Attach(HelloOf(gang, rank), std::make_shared<SimulatedRank>(launcher_, gang.job_id, gang.attempt),
@@ -282,7 +282,7 @@ class DispatcherWorld final : public World {
       }
       dispatcher_->Receive({gang.job_id, gang.attempt, 0}, StepMessage(gang.attempt), Now());
     }
-    ASSERT_OK(dispatcher_->Flush(Now()));
+    ASSERT_OK(dispatcher_->FlushAll(Now()));
   }
 
   TempDir dir_;

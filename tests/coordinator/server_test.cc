@@ -8,6 +8,7 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
+#include "coordinator/data_dir.h"
 #include "simpo/v1/training_service.grpc.pb.h"
 #include "testing.h"
 
@@ -106,6 +107,30 @@ TEST_F(ServerTest, ServesKeepsItsJobsAndAnswersHealthChecks) {
     EXPECT_TRUE(status.ok()) << status.error_message();
     return response.job().state() == v1::JOB_STATE_FAILED;
   })) << "the worker ends with 1, and no restart is allowed";
+}
+
+TEST_F(ServerTest, ABackupOfARunningCoordinatorStartsElsewhere) {
+  const auto server = ValueOf(Start(Options()));
+  std::vector<std::string> ids;
+  for (int i = 0; i < 3; ++i) {
+    grpc::ClientContext context;
+    v1::SubmitJobResponse response;
+    const grpc::Status status =
+        Stub(*server)->SubmitJob(&context, SubmitRequest(JobYaml(1, "max_restarts: 0\n")), &response);
+    ASSERT_TRUE(status.ok()) << status.error_message();
+    ids.push_back(response.job().id());
+    if (i == 1) ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "copy"));
+  }
+  const auto restored = ValueOf(Start(Options("copy")));
+  for (const std::string& id : ids) {
+    grpc::ClientContext context;
+    v1::GetJobRequest request;
+    request.set_job_id(id);
+    v1::GetJobResponse response;
+    const grpc::Status status = Stub(*restored)->GetJob(&context, request, &response);
+    EXPECT_EQ(status.ok(), id != ids[2]) << "the last one came after the backup";
+    EXPECT_EQ(response.job().config_yaml().empty(), !status.ok());
+  }
 }
 
 TEST_F(ServerTest, TheDataDirectoryHasOneCoordinator) {

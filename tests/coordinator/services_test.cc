@@ -61,6 +61,7 @@ class ServicesTest : public ::testing::Test {
     server_ = builder.BuildAndStart();
     channel_ = server_->InProcessChannel(grpc::ChannelArguments());
     stub_ = v1::TrainingService::NewStub(channel_);
+    stores_.metrics->SetListener([this] { controller_->Wake(); });
     if (times.start) controller_->Start(launcher_);
   }
   ~ServicesTest() override {
@@ -413,11 +414,23 @@ TEST_F(ServicesTest, ListsNewestFirstInPagesWithFilters) {
   v1::ListJobsRequest states;
   states.add_states(v1::JOB_STATE_LAUNCHING);
   EXPECT_THAT(list(states, nullptr), ElementsAre(ids[0]));
-  request.set_page_token("rubbish");
-  EXPECT_THAT(list(request, nullptr), ElementsAre(HasSubstr("page_token")));
-  v1::ListJobsRequest big;
-  big.set_page_size(5000);
-  EXPECT_THAT(list(big, nullptr), ElementsAre(HasSubstr("page_size")));
+  for (const char* token : {"rubbish", "0", "-3", "4x", "1.5", "99999999999999999999"}) {
+    request.set_page_token(token);
+    EXPECT_THAT(list(request, nullptr), ElementsAre(HasSubstr("page_token"))) << token;
+  }
+  for (int size : {5000, -1}) {
+    v1::ListJobsRequest wrong;
+    wrong.set_page_size(size);
+    EXPECT_THAT(list(wrong, nullptr), ElementsAre(HasSubstr("page_size"))) << size;
+  }
+
+  // Jobs that come between two pages shift nothing.
+  v1::ListJobsRequest paged;
+  paged.set_page_size(3);
+  EXPECT_THAT(list(paged, &next), ElementsAre(ids[4], ids[3], ids[2]));
+  MustSubmit(JobYaml(4));
+  paged.set_page_token(next);
+  EXPECT_THAT(list(paged, &next), ElementsAre(ids[1], ids[0]));
 }
 
 TEST_F(ServicesTest, WatchShowsEveryEventAndPointAndEnds) {
@@ -563,6 +576,31 @@ TEST_F(ServicesTest, MetricsInPages) {
   EXPECT_FALSE(more);
   EXPECT_EQ(list("eval", -1, 3, &more), "0 ");
   EXPECT_THAT(list("test", 0, 3, &more), HasSubstr("split"));
+  EXPECT_THAT(list("train", 0, 10'001, &more), HasSubstr("page_size"));
+  EXPECT_THAT(list("train", 0, -1, &more), HasSubstr("page_size"));
+}
+
+TEST_F(ServicesTest, MetricsSayWhenTheyWereThinned) {
+  const std::string id = MustSubmit(JobYaml()).id();
+  auto rank = AttachRightly(id);
+  for (int step = 1; step <= 1500; ++step) rank->Say(StepMessage(step));
+  ASSERT_TRUE(Eventually([&] { return views_.FindById(id)->job.progress().step() == 1500; }));
+  const auto list = [&] {
+    grpc::ClientContext context;
+    v1::ListMetricsRequest request;
+    request.set_job_id(id);
+    request.set_page_size(2);
+    v1::ListMetricsResponse response;
+    EXPECT_TRUE(stub_->ListMetrics(&context, request, &response).ok());
+    return response;
+  };
+  EXPECT_EQ(list().kept_every(), 0);
+  EXPECT_EQ(list().points(1).step(), 2);
+  stores_.metrics->Thin(views_.FindById(id)->sequence, 1'700'000'000'000);
+  ASSERT_TRUE(Eventually([&] { return stores_.metrics->chores_waiting() == 0; }));
+  EXPECT_EQ(list().kept_every(), 2);
+  EXPECT_EQ(list().thinned_time().seconds(), 1'700'000'000);
+  EXPECT_EQ(list().points(1).step(), 3);
 }
 
 TEST_F(ServicesTest, ServerInfo) {

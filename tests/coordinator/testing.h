@@ -91,7 +91,7 @@ struct Stores {
     Stores stores;
     stores.database = *Database::Open(path);
     stores.jobs = *JobStore::Open(*stores.database);
-    stores.metrics = *MetricStore::Open(*stores.database);
+    stores.metrics = *MetricStore::Open(path.parent_path() / kMetricsFile);
     return stores;
   }
 };

@@ -44,5 +44,15 @@ TEST(MetricsText, JsonIsAnArrayOfOneObjectPerLine) {
   EXPECT_EQ(nlohmann::json::parse(MetricsJson({})), nlohmann::json::array());
 }
 
+TEST(ThinnedNoteTest, SaysWhatIsLeftAndSinceWhen) {
+  v1::ListMetricsResponse response;
+  response.set_kept_every(4);
+  response.mutable_thinned_time()->set_seconds(1'700'000'000);
+  EXPECT_EQ(
+      ThinnedNote(response),
+      "The job ended long ago: since 2023-11-14 22:13:20Z one of every 4 steps is kept, and the first and the last "
+      "(metrics_full_days).\n");
+}
+
 }  // namespace
 }  // namespace simpo
