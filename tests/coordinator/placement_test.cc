@@ -324,6 +324,14 @@ TEST_F(PlacementTest, PreemptionOverSeveralNodes) {
   EXPECT_EQ(Decide(0), "xyw");
   Wait('h', {2, 2}, 5);
   EXPECT_EQ(Decide(1), "!w") << "one gang on two nodes rather than two and a half";
+  options_.nodes.clear();
+  Nodes({4, 2});
+  Wait('w', {2, 2});
+  EXPECT_EQ(Decide(2), "w");
+  Wait('a', 2);
+  EXPECT_EQ(Decide(3), "a");
+  Wait('h', {2, 2}, 5);
+  EXPECT_EQ(Decide(4), "!w") << "a is the younger on its node, but w must go from the other and is enough";
 }
 
 TEST_F(PlacementTest, NobodyIsLetInToBeSentAway) {
