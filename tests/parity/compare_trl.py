@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Trains the same rows with live TRL (CPOTrainer, loss_type simpo) and with simpo-worker, and compares.
 
-    compare_trl.py --worker build/bin/simpo-worker
+    compare_trl.py --worker build/bin/simpo-worker --tokenizers FOLDER
 
-Compared: the token ids of every pair; loss, rewards, log-probabilities, gradient norm and rate of each of 20 steps, on
-one rank and on two; what transformers makes of the exported model: its weights, its metrics on held-out rows against
-the trainer's own evaluation, and its logits against those of the model that TRL trained. An export of an untrained
-model must be the original. The closing lines give the figures; any miss is an error.
+Compared, with a tokenizer of our own: the token ids of every pair; loss, rewards, log-probabilities, gradient norm and
+rate of each of 20 steps, on one rank and on two; what transformers makes of the exported model: its weights, its
+metrics on held-out rows against the trainer's own evaluation, and its logits against those of the model that TRL
+trained. An export of an untrained model must be the original. On real tokenizers (see compare_tokens.py), with small
+models of their families and the rows of compare_princeton.py: the token ids, and the same figures of each of 20 steps.
+The closing line gives the largest differences; any miss is an error.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 import reference
 import text
 
-STEPS = 20
+STEPS = reference.REAL_TRAINING.steps
 TOLERANCE = 1e-4
 # Keys that both read: the job file below is in TRL's own words. TRL takes the SFT term's mean within each micro-batch,
 # so the run that has one accumulates nothing.
@@ -70,6 +72,13 @@ COMMON = dict(
     logging_steps=1,
     seed=0,
 )
+# On real tokenizers.
+REAL_KEYS = dict(
+    RUNS["everything"],
+    per_device_train_batch_size=reference.REAL_TRAINING.global_batch,
+    learning_rate=reference.REAL_TRAINING.learning_rate,
+    max_length=reference.REAL_MAX_LENGTH,
+)
 METRICS = (
     "loss",
     "grad_norm",
@@ -84,6 +93,7 @@ METRICS = (
 
 problems = []
 figures = {}  # the largest differences of all runs, for the closing line
+real_figures = {}  # the same by real tokenizer
 
 
 def note(name, value):
@@ -122,7 +132,9 @@ class InOrder(CPOTrainer):
 
 
 def run_trl(folder, rows, keys, output):
+    """The steps, the tokens of the pairs that were trained on, and the model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = CPOConfig(
         output_dir=output,
@@ -134,24 +146,17 @@ def run_trl(folder, rows, keys, output):
         use_cpu=True,
         disable_tqdm=True,
         remove_unused_columns=False,
-        **keys,
-        **COMMON,
+        **{**COMMON, **keys},
     )
     trainer = InOrder(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    tokens = []
-    for row in trainer.train_dataset:
-        prompt = lambda which: sum(label == -100 for label in row[f"{which}_labels"])
-        tokens.append(
-            {
-                "chosen": row["chosen_input_ids"],
-                "rejected": row["rejected_input_ids"],
-                "chosen_prompt_length": prompt("chosen"),
-                "rejected_prompt_length": prompt("rejected"),
-            }
-        )
+    pairs = text.pairs_of_trl(trainer.train_dataset)
+    # TRL would divide by the length of a response that max_length has left nothing of.
+    kept = [i for i, pair in enumerate(pairs) if text.is_trainable(pair)]
+    trainer.train_dataset = trainer.train_dataset.select(kept)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line], tokens, trainer.model
+    steps = [line for line in trainer.state.log_history if "loss" in line]
+    return steps, [pairs[i] for i in kept], trainer.model
 
 
 def run_worker(worker, ranks, folder, data, keys, output, **more):
@@ -197,16 +202,18 @@ def read_lines(path):
         return [json.loads(line) for line in file]
 
 
+def last_evaluation(output):
+    last = read_lines(os.path.join(output, "eval_metrics.jsonl"))[-1]
+    return {key.removeprefix("eval_"): value for key, value in last.items()}
+
+
 def compare_steps(name, ours, theirs):
     """Largest difference of any metric of any step, in units of max(1, |theirs|)."""
     expect(len(ours) == len(theirs) == STEPS, f"{name}: {len(ours)} steps against {len(theirs)}")
-    worst = {}
     for a, b in zip(ours, theirs):
-        for key in METRICS:
-            difference = abs(a[key] - b[key]) / max(1.0, abs(b[key]))
-            worst[key] = max(worst.get(key, 0.0), difference)
+        for key, difference in reference.largest_differences([a], [b], METRICS).items():
             expect(difference <= TOLERANCE, f"{name}, step {a['step']}: {key} is {a[key]}, TRL's {b[key]}")
-    return worst
+    return reference.largest_differences(ours, theirs, METRICS)
 
 
 def compare_runs(worker, folder, work, name, keys):
@@ -291,8 +298,7 @@ def check_export(name, output, folder, held_out, keys, trl_model):
         sft_weight=keys["cpo_alpha"],
     )
     want = reference.evaluate(model, held_out_pairs(tokenizer, held_out), loss)
-    got = read_lines(os.path.join(output, "eval_metrics.jsonl"))[-1]
-    worst = max(abs(got["eval_" + k] - v) / max(1.0, abs(v)) for k, v in want.items())
+    worst = max(reference.largest_differences([last_evaluation(output)], [want], want).values())
     expect(worst <= 1e-5, f"{name}: the trainer's evaluation is {worst:.1e} from transformers' on the exported model")
     logits = compare_logits(model, trl_model.eval(), tokenizer, held_out)
     expect(logits <= TOLERANCE, f"{name}: logits of the exported model are {logits:.1e} from those of TRL's model")
@@ -302,6 +308,27 @@ def check_export(name, output, folder, held_out, keys, trl_model):
         f"{name}: exported model in transformers {transformers.__version__}: "
         f"evaluation within {worst:.1e} of the trainer's own, "
         f"logits within {logits:.1e} of TRL's model"
+    )
+
+
+def compare_real(worker, packages, work, name):
+    folder = os.path.join(work, name)
+    reference.make_real_model(packages, name, folder)
+    rows = reference.real_rows()
+    data, output = os.path.join(work, f"{name}.jsonl"), os.path.join(work, f"{name}-out")
+    text.write_jsonl(data, rows)
+    theirs, tokens, _ = run_trl(folder, rows, REAL_KEYS, os.path.join(work, "trl"))
+    ours = run_worker(worker, 1, folder, data, REAL_KEYS, output)
+    expect(read_lines(output + ".tokens.jsonl") == tokens, f"{name}: the token ids are not those that TRL trains on")
+    largest = max(compare_steps(name, ours, theirs).values())
+    fall = reference.loss_fall(theirs)
+    expect(fall > 0.1, f"{name}: the loss fell by {fall} only; nothing is compared that was learned")
+    expect(50 <= len(tokens) < len(rows), f"{name}: {len(tokens)} of {len(rows)} pairs are left")
+    real_figures[name] = largest
+    print(
+        f"{name}: {STEPS} steps within {largest:.1e} of TRL {trl.__version__}, "
+        f"token ids of {len(tokens)} pairs are TRL's, the loss fell by {fall:.2f}",
+        flush=True,
     )
 
 
@@ -323,21 +350,27 @@ def check_untrained(worker, folder, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", required=True)
+    parser.add_argument("--tokenizers", required=True)
     arguments = parser.parse_args()
     disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    worker = os.path.abspath(arguments.worker)
     with tempfile.TemporaryDirectory() as work:
         folder = os.path.join(work, "model")
         make_model(folder)
         for name, keys in RUNS.items():
-            compare_runs(os.path.abspath(arguments.worker), folder, work, name, keys)
-        check_untrained(os.path.abspath(arguments.worker), folder, work)
+            compare_runs(worker, folder, work, name, keys)
+        check_untrained(worker, folder, work)
+        for name in reference.REAL_FAMILIES:
+            compare_real(worker, arguments.tokenizers, work, name)
     print(
-        f"TRL {trl.__version__} and transformers {transformers.__version__}: "
-        f"{len(RUNS)} jobs of {STEPS} steps on 1 and 2 ranks, largest differences: "
+        f"TRL {trl.__version__} and transformers {transformers.__version__}, {STEPS} steps: "
+        f"{len(RUNS)} jobs on 1 and 2 ranks, largest differences: "
         + ", ".join(f"{name} {value:.1e}" for name, value in figures.items())
+        + f"; {len(real_figures)} real tokenizers, of any metric: "
+        + ", ".join(f"{value:.1e} ({name})" for name, value in real_figures.items())
         + f"; {len(problems)} out of bounds"
     )
     return 1 if problems else 0

@@ -15,7 +15,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, get_scheduler
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
@@ -25,6 +25,8 @@ from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
+
+import text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,3 +336,44 @@ def train(model, pairs, loss, training, mutant=""):
             {**sums.metrics(loss), "grad_norm": norm, "learning_rate": rate, "smallest_margin": sums.smallest_margin}
         )
     return log
+
+
+# ---------------------------------------------------------------- the same steps on real tokenizers
+# What compare_princeton.py and compare_trl.py both train. Each tokenizer with its family of models: one with the
+# paper's own template, one whose template knows a system message, one without BOS.
+REAL_FAMILIES = {"mistral_nemo": "mistral", "llama3": "llama", "qwen2_5": "qwen2"}
+REAL_MAX_LENGTH = 130
+REAL_TRAINING = Training(micro_batch=4, accumulation=1, learning_rate=2e-3)
+
+
+def real_rows():
+    """Fewer than the steps take, so that they come again; some are too long to leave anything to train on."""
+    return text.awkward_conversations(43, 60, True)
+
+
+def make_real_model(packages, name, folder):
+    """A real tokenizer beside a small model of its family, of random weights, with its whole vocabulary."""
+    text.copy_tokenizer(packages, name, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.for_model(
+        REAL_FAMILIES[name], vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return tokenizer
+
+
+def largest_differences(ours, theirs, keys):
+    """Of each metric over all steps, in units of max(1, |theirs|). A number that is none differs without bound."""
+    worst = dict.fromkeys(keys, 0.0)
+    for mine, want in zip(ours, theirs, strict=True):
+        for key in keys:
+            difference = abs(mine[key] - want[key]) / max(1.0, abs(want[key]))
+            worst[key] = max(worst[key], math.inf if math.isnan(difference) else difference)
+    return worst
+
+
+def loss_fall(steps):
+    """How far the loss fell below the first step's: without learning, nothing is compared."""
+    return steps[0]["loss"] - min(step["loss"] for step in steps)

