@@ -107,6 +107,8 @@ absl::Status Guard::CheckRate(const Caller& caller) {
 
 absl::StatusOr<Caller> Guard::Admit(std::string_view method, const Credentials& credentials, const std::string& job) {
   Caller caller{.peer = credentials.peer};
+  // Also of a call that is refused for want of a token.
+  if (options_.client_certificates) caller.user = credentials.certificate_name;
   const absl::Status status = [&]() -> absl::Status {
     const MethodRule* rule = FindRule(method);
     if (rule == nullptr || rule->proof != Proof::kRole) {
@@ -126,7 +128,7 @@ absl::StatusOr<Caller> Guard::Admit(std::string_view method, const Credentials& 
   if (status.ok()) return caller;
   if (options_.audit != nullptr) {
     options_.audit->Write({.user = caller.user,
-                           .role = caller.user.empty() ? "" : std::string(RoleName(caller.role)),
+                           .role = absl::IsUnauthenticated(status) ? "" : std::string(RoleName(caller.role)),
                            .peer = caller.peer,
                            .method = ShortName(method),
                            .job = job,
