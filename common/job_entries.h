@@ -13,15 +13,13 @@
 
 namespace simpo {
 
-// One `key: value` of the file or of --set. Cannot be assigned to: assigning to a YAML::Node changes
-// every other handle of the old node too.
+// One `key: value` of the file or of --set. Its constants keep it from being assigned to: assigning to a
+// YAML::Node changes every other handle of the old node too.
 struct JobEntry {
   std::string key;  // the table's name of it, nested keys dotted
   YAML::Node value;
-  int line = 0;         // 0: from --set
-  std::string written;  // as the user wrote the key
-
-  JobEntry& operator=(const JobEntry&) = delete;
+  const int line = 0;         // 0: from --set
+  const std::string written;  // as the user wrote the key
 };
 
 // What is gathered while a job file is read.
