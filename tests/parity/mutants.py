@@ -50,11 +50,7 @@ MUTANTS = {
         "{head_row_of[row - begin], tokens[t - 1], which}",
     ),
     "one token of the future": ("worker/model/attention.cc", "band.triu(reach + 1)", "band.triu(reach + 2)"),
-    "a window of one token more": (
-        "worker/model/decoder.cc",
-        ".window = config_.Window(index)",
-        ".window = config_.Window(index) > 0 ? config_.Window(index) + 1 : 0",
-    ),
+    "a window of one token more": ("worker/model/attention.cc", "band.tril(-1)", "band.tril(-2)"),
     "no slope of attention's softcap": (
         "worker/model/attention.cc",
         "gscores.mul_(1 - scores.clamp_min(-config.softcap).div_(config.softcap).pow_(2));",
@@ -88,14 +84,16 @@ def run(command, deadline_s, **options):
 
 
 def copy_sources(target):
-    """The files that git knows or would take, into `target`."""
+    """The files that git knows or would take, into `target`. What is the same there stays, so that a file which the last
+    mutant has left behind is newer than what was built of it."""
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
     for name in names.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+        original, copy = ROOT / name, target / name
+        if name and original.is_file() and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(original, copy)
 
 
 def build(source, target_dir):
