@@ -111,6 +111,18 @@ void Controller::SetPriority(std::string job_id, int priority, Dispatcher::Prior
                    .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
+void Controller::Checkpoint(std::string job_id, Dispatcher::CheckpointDone done) {
+  Post(of_users_,
+       {.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Checkpoint(job_id, now, done); },
+        .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
+void Controller::SetDrained(std::string node, std::string reason, bool keep_running, Dispatcher::NodeDone done) {
+  Post(of_users_, {.apply = [this, node = std::move(node), reason = std::move(reason), keep_running,
+                             done](Moment now) { dispatcher_.SetDrained(node, reason, keep_running, now, done); },
+                   .refuse = [done](const absl::Status& status) { done(status); }});
+}
+
 void Controller::ListNodes(v1::ListNodesRequest request,
                            std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done) {
   Post(of_users_,

@@ -35,6 +35,8 @@ class Controller {
   void Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done);
   void Cancel(std::string job_id, Dispatcher::CancelDone done);
   void SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done);
+  void Checkpoint(std::string job_id, Dispatcher::CheckpointDone done);
+  void SetDrained(std::string node, std::string reason, bool keep_running, Dispatcher::NodeDone done);
   void ListNodes(v1::ListNodesRequest request, std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done);
 
   void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);

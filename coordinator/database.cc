@@ -8,7 +8,7 @@
 namespace simpo {
 namespace {
 
-constexpr int kSchemaVersion = 2;
+constexpr int kSchemaVersion = 3;
 
 // Blobs are messages of simpo.v1, so a new field needs no new column.
 constexpr char kSchema[] = R"(
@@ -34,6 +34,10 @@ CREATE TABLE events (
   event BLOB NOT NULL,                -- simpo.v1.JobEvent
   PRIMARY KEY (job, sequence)
 ) WITHOUT ROWID;
+CREATE TABLE drained_nodes (
+  node TEXT PRIMARY KEY,
+  reason TEXT NOT NULL
+) WITHOUT ROWID;
 )";
 
 absl::StatusOr<int64_t> UserVersion(Sqlite& db) {
@@ -58,6 +62,13 @@ absl::Status MovePoints(Sqlite& db, const std::filesystem::path& metrics_path) {
   return db.Execute("BEGIN IMMEDIATE; DROP TABLE points; PRAGMA user_version=2; COMMIT");
 }
 
+absl::Status Upgrade(Sqlite& db, int64_t from, const std::filesystem::path& metrics_path) {
+  if (from < 2) SIMPO_RETURN_IF_ERROR(MovePoints(db, metrics_path));
+  return db.Execute(
+      "BEGIN IMMEDIATE; CREATE TABLE drained_nodes (node TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;"
+      "PRAGMA user_version=3; COMMIT");
+}
+
 }  // namespace
 
 absl::Status EnsureSchema(Sqlite& db, const std::filesystem::path& path, int version, const char* tables,
@@ -75,8 +86,9 @@ absl::Status EnsureSchema(Sqlite& db, const std::filesystem::path& path, int ver
 
 absl::StatusOr<std::unique_ptr<Database>> Database::Open(const std::filesystem::path& path) {
   SIMPO_ASSIGN_OR_RETURN(Sqlite writer, Sqlite::Open(path, /*read_only=*/false));
-  SIMPO_RETURN_IF_ERROR(EnsureSchema(writer, path, kSchemaVersion, kSchema,
-                                     [&](int64_t) { return MovePoints(writer, path.parent_path() / kMetricsFile); }));
+  SIMPO_RETURN_IF_ERROR(EnsureSchema(writer, path, kSchemaVersion, kSchema, [&](int64_t from) {
+    return Upgrade(writer, from, path.parent_path() / kMetricsFile);
+  }));
   SIMPO_ASSIGN_OR_RETURN(Sqlite reader, Sqlite::Open(path, /*read_only=*/true));
   return absl::WrapUnique(new Database(std::move(writer), std::move(reader)));
 }

@@ -79,6 +79,22 @@ std::vector<std::string> NodeNames(const v1::Attempt& attempt) {
   return names;
 }
 
+v1::RankState RankStateOf(int number, const Rank& rank) {
+  v1::RankState state;
+  state.set_rank(number);
+  state.set_hostname(rank.health.hostname);
+  state.set_pid(rank.pid);
+  state.set_connected(rank.channel != nullptr);
+  *state.mutable_heard_time() = ToTimestamp(rank.last_heard_ms);
+  const v1::Heartbeat& heartbeat = rank.health.heartbeat;
+  state.set_phase(heartbeat.phase());
+  state.set_step(heartbeat.step());
+  state.set_busy_seconds(rank.health.busy_seconds);
+  state.set_last_collective(DescribeCollective(heartbeat));
+  state.set_memory_peak_bytes(heartbeat.memory_peak_bytes());
+  return state;
+}
+
 JobConfig ConfigOf(const v1::Job& job, const std::string& yaml) {
   ParsedJob parsed = ParseJobYaml(yaml, {.file_name = "job.yaml", .base_dir = job.output_dir()});
   if (!parsed.violations.empty()) {
@@ -107,8 +123,10 @@ std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
   view->checkpoint_ms = record.checkpoint_ms;
   if (record.gang) {
     view->secret = record.gang->secret;
-    for (const Rank& rank : record.gang->ranks) {
-      if (rank.last_heard_ms != 0) view->last_heard_ms.push_back(rank.last_heard_ms);
+    for (size_t rank = 0; rank < record.gang->ranks.size(); ++rank) {
+      if (record.gang->ranks[rank].last_heard_ms != 0) {
+        view->ranks.push_back(RankStateOf(static_cast<int>(rank), record.gang->ranks[rank]));
+      }
     }
   }
   return view;
@@ -164,6 +182,8 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
 }
 
 absl::Status Dispatcher::Load(Moment now) {
+  SIMPO_ASSIGN_OR_RETURN(drained_, jobs_.LoadDrained());
+  for (const auto& [node, reason] : drained_) queue_.SetNodeUp(node, false);
   SIMPO_ASSIGN_OR_RETURN(std::vector<StoredJob> stored, jobs_.LoadJobs());
   int64_t last_point = 0;
   for (const StoredJob& job : stored) last_point = std::max(last_point, job.last_point);
@@ -194,13 +214,18 @@ absl::Status Dispatcher::LoadLive(JobRecord& record) {
     if (event.attempt() == record.job.attempt()) record.worker_events.insert(EventKey(event.type(), event.message()));
   }
   if (record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty()) {
-    record.not_before_ms = UnixMillis(record.attempts.back().end_time()) + PauseAfter(record.job.restarts()).count();
+    record.not_before_ms = UnixMillis(record.attempts.back().end_time()) +
+                           PauseBeforeNext(options_.restart, record.job, record.attempts).count();
   }
   return absl::OkStatus();
 }
 
 void Dispatcher::Adopt(Launcher& launcher, Moment now) {
   launcher_ = &launcher;
+  launcher.Sweep([this](const std::string& job_id) {
+    const JobRecord* record = FindRecord(job_id);
+    return record != nullptr && !IsFinal(record->job.state());
+  });
   for (const auto& [sequence, record] : live_) {
     if (HoldsGang(record->job.state())) AdoptGang(*record, now);
   }
@@ -237,6 +262,11 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
     live_output_dirs_.erase(record.job.output_dir());
     to_remove_.insert({now.unix_ms, record.sequence});
     to_thin_.insert({now.unix_ms, record.sequence});
+    if (!record.attempts.empty()) {
+      acknowledgements_.push_back([this, id = record.job.id()](const absl::Status& status) {
+        if (status.ok() && launcher_ != nullptr) launcher_->Forget(id);
+      });
+    }
   }
   if (!HoldsGang(transition->next) && record.gang) {
     for (Rank& rank : record.gang->ranks) {
@@ -375,25 +405,99 @@ absl::StatusOr<v1::ListNodesResponse> Dispatcher::ListNodes(const v1::ListNodesR
       response.set_next_page_token(response.nodes().rbegin()->name());
       break;
     }
-    const Node& node = cluster.nodes()[named->second];
-    v1::NodeState& state = *response.add_nodes();
-    state.set_name(node.name);
-    state.set_slots(node.slots);
-    state.set_slots_taken(node.slots - cluster.free(named->second));
-    state.set_up(node.up);
-    state.mutable_labels()->insert(node.labels.begin(), node.labels.end());
-    for (const auto& [sequence, slots] : cluster.gangs_on(named->second)) {
-      v1::JobSlots& job = *state.add_jobs();
-      job.set_job_id(cluster.running().at(sequence).id);
-      job.set_slots(slots);
-    }
+    *response.add_nodes() = StateOf(named->second);
   }
   return response;
 }
 
+v1::NodeState Dispatcher::StateOf(int index) const {
+  const Cluster& cluster = queue_.cluster();
+  const Node& node = cluster.nodes()[index];
+  v1::NodeState state;
+  state.set_name(node.name);
+  state.set_slots(node.slots);
+  state.set_slots_taken(node.slots - cluster.free(index));
+  state.set_up(node.up);
+  state.mutable_labels()->insert(node.labels.begin(), node.labels.end());
+  if (const auto drained = drained_.find(node.name); drained != drained_.end()) {
+    state.set_drain_reason(drained->second);
+  }
+  for (const auto& [sequence, slots] : cluster.gangs_on(index)) {
+    v1::JobSlots& job = *state.add_jobs();
+    job.set_job_id(cluster.running().at(sequence).id);
+    job.set_slots(slots);
+  }
+  return state;
+}
+
 bool Dispatcher::SetNodeUp(const std::string& name, bool up) {
   placement_due_ = true;
-  return queue_.SetNodeUp(name, up);
+  if (up) {
+    down_.erase(name);
+  } else {
+    down_.insert(name);
+  }
+  return queue_.SetNodeUp(name, IsUp(name));
+}
+
+void Dispatcher::SetDrained(const std::string& node, const std::string& reason, bool keep_running, Moment now,
+                            NodeDone done) {
+  const Cluster& cluster = queue_.cluster();
+  const auto named = cluster.by_name().find(node);
+  if (named == cluster.by_name().end()) {
+    return done(absl::NotFoundError(absl::StrCat("there is no node '", node, "'; `simpoctl nodes` lists them")));
+  }
+  if (reason.empty()) {
+    drained_.erase(node);
+  } else {
+    drained_[node] = reason;
+  }
+  Write(jobs_.PutDrained(node, reason));
+  LOG_INFO(absl::StrCat("node ", node, reason.empty() ? " is in use again" : " is drained: ", reason));
+  queue_.SetNodeUp(node, IsUp(node));
+  placement_due_ = true;
+  if (!reason.empty() && !keep_running) {
+    std::vector<int64_t> gangs;
+    for (const auto& [sequence, slots] : cluster.gangs_on(named->second)) gangs.push_back(sequence);
+    for (int64_t sequence : gangs) {
+      JobRecord& record = *records_.at(sequence);
+      const v1::JobState state = record.job.state();
+      if (state != v1::JOB_STATE_LAUNCHING && state != v1::JOB_STATE_RUNNING) continue;  // is leaving already
+      Preempt(record, absl::StrCat("node ", node, " is drained: ", reason), now);
+    }
+  }
+  acknowledgements_.push_back([this, index = named->second, done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    done(StateOf(index));
+  });
+}
+
+void Dispatcher::Checkpoint(const std::string& job_id, Moment now, CheckpointDone done) {
+  JobRecord* record = FindRecord(job_id);
+  if (record == nullptr) return done(absl::NotFoundError(absl::StrCat("there is no job '", job_id, "'")));
+  const v1::Job& job = record->job;
+  const bool trains = job.state() == v1::JOB_STATE_RUNNING && record->gang && !record->gang->stop_asked &&
+                      !record->gang->terminated && !record->gang->ranks[0].health.finished;
+  if (!trains) {
+    return done(absl::FailedPreconditionError(absl::StrCat("job ", job_id, " is ", JobStateName(job.state()),
+                                                           "; only a job that trains can write a checkpoint")));
+  }
+  const Rank& rank = record->gang->ranks[0];
+  if (!rank.channel || !rank.welcomed) {
+    return done(absl::FailedPreconditionError(
+        absl::StrCat("rank 0 of job ", job_id, " is not connected at the moment; try again in some seconds")));
+  }
+  AddEvent(*record, "checkpoint_asked", "a checkpoint at the next step was asked for", now.unix_ms);
+  acknowledgements_.push_back([record, channel = rank.channel, done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    v1::AttachResponse command;
+    command.mutable_command()->set_kind(v1::COMMAND_KIND_CHECKPOINT);
+    command.mutable_command()->set_reason("asked for by a user");
+    channel->Send(std::move(command));
+    v1::CheckpointJobResponse response;
+    *response.mutable_job() = record->job;
+    done(std::move(response));
+  });
 }
 
 void Dispatcher::Queue(const JobRecord& record) {
@@ -431,7 +535,11 @@ void Dispatcher::Place(Moment now) {
   placement_due_ = false;
   const PlacementDecision decision = queue_.Decide(now.unix_ms);
   for (const PlacementDecision::Start& start : decision.start) BeginAttempt(*records_.at(start.sequence), start, now);
-  for (const auto& [victim, winner] : decision.preempt) Preempt(*records_.at(victim), *records_.at(winner), now);
+  for (const auto& [victim, winner] : decision.preempt) {
+    const v1::Job& job = records_.at(winner)->job;
+    Preempt(*records_.at(victim), absl::StrCat("pre-empted by job ", job.id(), " (priority ", job.priority(), ")"),
+            now);
+  }
   if (queue_.in_line() <= kExplainedInFront || std::exchange(explain_due_, false)) ExplainQueue(now);
 }
 
@@ -482,7 +590,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
   if (!violations.empty() && launcher_->Poll(job.id(), job.attempt()).phase == GangStatus::Phase::kLost) {
     record.gang->error = FormatViolations(violations, "job.yaml");
-    return EndAttempt(record, kBadJob, "", now);
+    return EndAttempt(record, {.exit_code = kBadJob}, "", now);
   }
   // An earlier attempt whose ranks had begun has claimed the folder; what lies there is this job's.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
@@ -501,7 +609,8 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
     status = secret.status();
   }
   if (status.ok()) return Changed(record);
-  EndAttempt(record, std::nullopt, absl::StrCat("could not be started: ", std::string(status.message())), now);
+  EndAttempt(record, {.could_not_start = true}, absl::StrCat("could not be started: ", std::string(status.message())),
+             now);
 }
 
 void Dispatcher::AfterPoints(PointsStored then) {
@@ -550,6 +659,7 @@ void Dispatcher::RemoveJob(int64_t sequence) {
   by_id_.erase(record->job.id());
   by_request_id_.erase(record->job.request_id());
   std::erase(changed_, record);
+  std::erase(heard_, record);
   removed_.push_back(std::move(found->second));
   records_.erase(found);
 }

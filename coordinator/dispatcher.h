@@ -29,6 +29,7 @@
 #include "coordinator/metric_store.h"
 #include "coordinator/moment.h"
 #include "coordinator/placement.h"
+#include "coordinator/restart_policy.h"
 #include "coordinator/submission.h"
 #include "simpo/v1/training_service.pb.h"
 
@@ -54,10 +55,10 @@ class Dispatcher {
     AllowedRoots roots;                 // for the paths of jobs; looked at again before each attempt
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
-    std::chrono::milliseconds first_pause{1'000};         // before the second attempt; doubles with each further one
-    std::chrono::milliseconds longest_pause{60'000};
-    std::chrono::milliseconds stop_grace{120'000};  // from the command to stop to SIGTERM
-    std::chrono::milliseconds term_grace{15'000};   // from SIGTERM to SIGKILL
+    RestartPolicy restart;
+    // From the command to stop to SIGTERM; a gang that is writing a checkpoint then has liveness.checkpoint.
+    std::chrono::milliseconds stop_grace{120'000};
+    std::chrono::milliseconds term_grace{15'000};  // from SIGTERM to SIGKILL
     // How long after its end all of a job's points are kept, and how long anything of it; 0: for ever.
     std::chrono::milliseconds keep_points{0};
     std::chrono::milliseconds keep_jobs{0};
@@ -68,6 +69,8 @@ class Dispatcher {
   };
   using SubmitDone = std::function<void(absl::StatusOr<v1::SubmitJobResponse>)>;
   using CancelDone = std::function<void(absl::StatusOr<v1::CancelJobResponse>)>;
+  using CheckpointDone = std::function<void(absl::StatusOr<v1::CheckpointJobResponse>)>;
+  using NodeDone = std::function<void(absl::StatusOr<v1::NodeState>)>;
   using PriorityDone = std::function<void(absl::StatusOr<v1::SetPriorityResponse>)>;
 
   Dispatcher(Options options, Database& database, JobStore& jobs, MetricStore& metrics, JobViews& views);
@@ -83,6 +86,10 @@ class Dispatcher {
   void Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done);
   void Cancel(const std::string& job_id, Moment now, CancelDone done);
   void SetPriority(const std::string& job_id, int priority, Moment now, PriorityDone done);
+  // Asks the ranks for a checkpoint; an event tells when it is complete.
+  void Checkpoint(const std::string& job_id, Moment now, CheckpointDone done);
+  // A node with a reason is drained; with an empty one it is taken into use again.
+  void SetDrained(const std::string& node, const std::string& reason, bool keep_running, Moment now, NodeDone done);
   absl::StatusOr<v1::ListNodesResponse> ListNodes(const v1::ListNodesRequest& request) const;
   // For launchers of several machines: a node that is down gets no new gang. False: there is no such node.
   bool SetNodeUp(const std::string& name, bool up);
@@ -115,6 +122,8 @@ class Dispatcher {
   JobRecord& AddRecord(StoredJob stored);
   std::optional<std::string> OutputDirInUse(const std::string& output_dir) const;
   void AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms);
+  v1::NodeState StateOf(int node) const;
+  bool IsUp(const std::string& node) const { return !down_.contains(node) && !drained_.contains(node); }
   // Moves a job on; false where the table has no such move.
   bool Apply(JobRecord& record, JobTrigger trigger, const std::string& event, const std::string& reason, Moment now);
   // Tells the queue what has become of a job.
@@ -137,7 +146,7 @@ class Dispatcher {
   // dispatcher_gangs.cc: attempts and their ranks.
   void AdoptGang(JobRecord& record, Moment now);
   Gang* GangOf(const RankId& rank, JobRecord** record);
-  void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat);
+  void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat, Moment now);
   void TakeReport(JobRecord& record, v1::StepReport report, Moment now);
   // Once they are stored, the job shows its reports, and rank 0 hears how far they are.
   void AcknowledgeReports(JobRecord& record);
@@ -146,18 +155,19 @@ class Dispatcher {
   void TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now);
   // Asks a job to end: by command where there is training to keep, else by signal.
   void RequestEnd(JobRecord& record, const std::string& why, Moment now);
-  void Preempt(JobRecord& record, const JobRecord& winner, Moment now);
+  void Preempt(JobRecord& record, const std::string& why, Moment now);
   // `state`: that the job was in.
   void AskToLeave(JobRecord& record, v1::JobState state, Moment now);
   void SendStop(JobRecord& record);
   void Terminate(JobRecord& record, Moment now);
   void TendGang(JobRecord& record, Moment now);
   void Escalate(JobRecord& record, Moment now);
-  // Empty exit code: the gang was lost.
-  void EndAttempt(JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason, Moment now);
+  void LookAtRanks(JobRecord& record, Moment now);
+  void EndForFault(JobRecord& record, HungRank fault, Moment now);
+  // `what` tells more than the exit code, or is empty.
+  void EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now);
   void TakeLeftPoints(JobRecord& record, Moment now);
-  std::string DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason) const;
-  std::chrono::milliseconds PauseAfter(int restarts) const;
+  static std::string DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& what);
 
   const Options options_;
   Database& database_;
@@ -171,14 +181,17 @@ class Dispatcher {
   std::map<int64_t, JobRecord*> live_;                            // those that have not ended
   std::unordered_map<std::string, JobRecord*> live_output_dirs_;  // and where they write
   std::vector<JobRecord*> changed_;                               // since the last publication
+  std::vector<JobRecord*> heard_;                                 // whose ranks were, since the last tick
   // (end_time, sequence) of ended jobs: those that are yet to be removed, and those that are yet to be thinned.
   std::set<std::pair<int64_t, int64_t>> to_remove_, to_thin_;
   std::vector<std::unique_ptr<JobRecord>> removed_;  // until the commit and who waits for it
   int64_t next_sequence_ = 1;
 
   Scheduler queue_;
-  bool explain_due_ = false;  // at each tick, for queues that are too long to be explained each time
-  int explain_from_ = 1;      // the place in the queue where the next tick goes on
+  std::set<std::string> down_;                  // nodes that a launcher cannot reach
+  std::map<std::string, std::string> drained_;  // nodes, and why
+  bool explain_due_ = false;                    // at each tick, for queues that are too long to be explained each time
+  int explain_from_ = 1;                        // the place in the queue where the next tick goes on
 
   absl::Status store_status_;
   bool placement_due_ = true;

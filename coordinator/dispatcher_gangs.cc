@@ -2,7 +2,6 @@
 #include <signal.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -18,6 +17,7 @@ namespace fs = std::filesystem;
 using std::chrono::milliseconds;
 
 constexpr size_t kMaxEventTypeBytes = 32;
+constexpr size_t kMaxHostnameBytes = 255;
 constexpr size_t kMaxEventMessageBytes = 4096;
 constexpr size_t kMaxEventsOfAnAttempt = 10'000;
 constexpr size_t kMaxValuesOfAPoint = 256;
@@ -91,7 +91,7 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
   } else {
     gang.launched = true;
     // Its ranks had reported; they have as long to be back as they may be silent.
-    for (Rank& rank : gang.ranks) rank.health = {.attached = true, .last_heard = now.steady};
+    for (Rank& rank : gang.ranks) rank.health = {.attached = true, .last_heard = now.steady, .last_moved = now.steady};
   }
   absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
   if (secret.ok()) {
@@ -132,7 +132,11 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
   const bool were_all = AllAttached(*gang);
   rank.channel = channel;
   rank.welcomed = false;
-  rank.health = {.attached = true, .last_heard = now.steady};
+  rank.health.attached = true;
+  rank.health.finished = false;
+  rank.health.last_heard = rank.health.last_moved = now.steady;
+  rank.health.hostname = hello.hostname().substr(0, kMaxHostnameBytes);
+  rank.pid = hello.pid();
   rank.last_heard_ms = now.unix_ms;
   v1::JobProgress& progress = *record->job.mutable_progress();
   if (progress.phase().empty()) {
@@ -178,8 +182,10 @@ void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, M
   Rank& rank = gang->ranks[from.rank];
   rank.health.last_heard = now.steady;
   rank.last_heard_ms = now.unix_ms;
-  Changed(*record, /*for_watchers=*/false);
-  if (message.has_heartbeat()) TakeHeartbeat(*record, from, message.heartbeat());
+  if (!std::exchange(record->heard, true)) heard_.push_back(record);
+  if (message.has_heartbeat()) {
+    TakeHeartbeat(*record, from, message.heartbeat(), now);
+  }
   if (message.has_step() && from.rank == 0) TakeReport(*record, message.step(), now);
   if (message.has_event()) TakeWorkerEvent(*record, from, message.event(), now);
 }
@@ -195,8 +201,12 @@ void Dispatcher::Leave(const RankId& id, std::shared_ptr<RankChannel> channel) {
   });
 }
 
-void Dispatcher::TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat) {
-  if (from.rank != 0 || heartbeat.phase().empty() || heartbeat.phase().size() > kMaxEventTypeBytes) return;
+void Dispatcher::TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat, Moment now) {
+  const bool well_formed =
+      heartbeat.phase().size() <= kMaxEventTypeBytes && heartbeat.collective().verb().size() <= kMaxEventTypeBytes;
+  if (!well_formed) return;
+  simpo::TakeHeartbeat(heartbeat, now.steady, &record.gang->ranks[from.rank].health);
+  if (from.rank != 0 || heartbeat.phase().empty()) return;
   // The step is not taken from here: it goes with its metrics.
   v1::JobProgress& progress = *record.job.mutable_progress();
   if (progress.phase() == heartbeat.phase() && progress.steps_planned() == heartbeat.steps_planned()) return;
@@ -306,10 +316,8 @@ void Dispatcher::RequestEnd(JobRecord& record, const std::string& why, Moment no
   if (record.gang) AskToLeave(record, state, now);
 }
 
-void Dispatcher::Preempt(JobRecord& record, const JobRecord& winner, Moment now) {
+void Dispatcher::Preempt(JobRecord& record, const std::string& why, Moment now) {
   const v1::JobState state = record.job.state();
-  const std::string why =
-      absl::StrCat("pre-empted by job ", winner.job.id(), " (priority ", winner.job.priority(), ")");
   if (Apply(record, JobTrigger::kPreempted, "preempting", why, now)) AskToLeave(record, state, now);
 }
 
@@ -348,6 +356,10 @@ void Dispatcher::Tick(Moment now) {
     if (record->gang && record->gang->launched) with_gang.push_back(record);
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
+  for (JobRecord* record : std::exchange(heard_, {})) {
+    record->heard = false;
+    Changed(*record, /*for_watchers=*/false);
+  }
   KeepHouse(now);
   placement_due_ = true;
   explain_due_ = true;
@@ -366,11 +378,14 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
     }
     // Nobody would send these points again once the attempt has ended.
     if (gang.last_point > metrics_.stored_sequence() || gang.unstored_train || gang.unstored_eval) return;
-    return EndAttempt(record, lost ? std::nullopt : std::optional(status.exit.exit_code), lost ? status.reason : "",
-                      now);
+    const std::optional<int> exit_code = lost ? std::nullopt : std::optional(status.exit.exit_code);
+    return EndAttempt(record, {.exit_code = exit_code, .ended_by_us = gang.fault && !gang.fault->of_machine},
+                      lost ? status.reason : "", now);
   }
+  if (gang.phase_since == SteadyTime()) gang.phase_since = now.steady;
   if (status.phase != gang.phase) {
     gang.phase = status.phase;
+    gang.phase_since = now.steady;
     if (job.state() == v1::JOB_STATE_LAUNCHING) {
       const bool training = status.phase == GangStatus::Phase::kTraining;
       record.job.set_reason(training ? "the ranks are starting" : "checking the model and preparing the data");
@@ -383,21 +398,44 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
   if (limit_ms > 0 && RunMillis(record, now.unix_ms) > limit_ms) {
     RequestEnd(record, absl::StrCat("the time limit of ", record.config.time_limit_s, " s was reached"), now);
   }
-  if (gang.fault.empty() && !gang.terminated) {
-    std::vector<RankHealth> ranks;
-    for (const Rank& rank : gang.ranks) ranks.push_back(rank.health);
-    if (const auto fault = FindHungRank(now.steady, gang.started, ranks, options_.liveness)) {
-      gang.fault = *fault;
-      AddEvent(record, "rank_lost", absl::StrCat(*fault, "; ending the attempt"), now.unix_ms);
-      Terminate(record, now);
-    }
-  }
+  if (!gang.fault && !gang.terminated) LookAtRanks(record, now);
   Escalate(record, now);
+}
+
+void Dispatcher::LookAtRanks(JobRecord& record, Moment now) {
+  Gang& gang = *record.gang;
+  if (gang.phase == GangStatus::Phase::kPreparing && now.steady - gang.phase_since > options_.liveness.prepare) {
+    const auto limit = std::chrono::duration_cast<std::chrono::seconds>(options_.liveness.prepare);
+    return EndForFault(
+        record, {absl::StrCat("model and data were not prepared within ", limit.count(), " s; see launcher.log")}, now);
+  }
+  std::vector<RankHealth> ranks;
+  ranks.reserve(gang.ranks.size());
+  for (const Rank& rank : gang.ranks) ranks.push_back(rank.health);
+  if (auto fault = FindHungRank(now.steady, gang.started, ranks, options_.liveness)) {
+    return EndForFault(record, *std::move(fault), now);
+  }
+  const std::optional<std::string> stalled = FindStalledRank(now.steady, ranks, options_.liveness);
+  if (stalled && !gang.stall_told) AddEvent(record, "rank_stalled", *stalled, now.unix_ms);
+  gang.stall_told = stalled.has_value();
+  if (const std::optional<Straggler> straggler = FindStraggler(ranks)) {
+    if (gang.stragglers.insert(straggler->rank).second) AddEvent(record, "straggler", straggler->text, now.unix_ms);
+  }
+}
+
+void Dispatcher::EndForFault(JobRecord& record, HungRank fault, Moment now) {
+  AddEvent(record, "rank_lost", absl::StrCat(fault.why, "; ending the attempt"), now.unix_ms);
+  record.gang->fault = std::move(fault);
+  Terminate(record, now);
 }
 
 void Dispatcher::Escalate(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
-  if (gang.stop_asked && now.steady - *gang.stop_asked > options_.stop_grace) Terminate(record, now);
+  const bool saving = std::any_of(gang.ranks.begin(), gang.ranks.end(), [](const Rank& rank) {
+    return !rank.health.finished && rank.health.heartbeat.phase() == "checkpoint";
+  });
+  const milliseconds grace = saving ? std::max(options_.stop_grace, options_.liveness.checkpoint) : options_.stop_grace;
+  if (gang.stop_asked && now.steady - *gang.stop_asked > grace) Terminate(record, now);
   if (!gang.terminated) return;
   Terminate(record, now);
   if (!gang.killed && now.steady - *gang.terminated > options_.term_grace) {
@@ -406,20 +444,13 @@ void Dispatcher::Escalate(JobRecord& record, Moment now) {
   }
 }
 
-std::string Dispatcher::DescribeEnd(const JobRecord& record, std::optional<int> exit_code,
-                                    const std::string& lost_reason) const {
-  if (!record.gang->fault.empty()) return record.gang->fault;
-  if (!exit_code) return lost_reason;
+std::string Dispatcher::DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& what) {
+  if (record.gang->fault) return record.gang->fault->why;
+  if (!exit_code) return what;
   std::string words = record.gang->error.empty() ? LastWords(record.attempts.back().log_dir()) : record.gang->error;
   if (!words.empty() && words.back() == '.') words.pop_back();
   if (words.empty()) words = ExitText(*exit_code);
   return absl::StrCat(words, " (exit code ", *exit_code, ")");
-}
-
-milliseconds Dispatcher::PauseAfter(int restarts) const {
-  const double factor = std::exp2(std::min(30, std::max(0, restarts - 1)));
-  const double pause = static_cast<double>(options_.first_pause.count()) * factor;
-  return std::min(options_.longest_pause, milliseconds(static_cast<int64_t>(pause)));
 }
 
 // Points that the ranks could not send any more, as when the gang ended while no coordinator was there.
@@ -442,57 +473,58 @@ void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   }
 }
 
-void Dispatcher::EndAttempt(JobRecord& record, std::optional<int> exit_code, const std::string& lost_reason,
-                            Moment now) {
+void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now) {
   v1::Job& job = record.job;
-  const bool restarts_left = job.restarts() < job.max_restarts();
-  // A gang that was ended for a fault has failed by it, whatever its exit code is; but 0 is 0.
-  const bool own_exit = exit_code && (record.gang->fault.empty() || *exit_code == 0);
-  const JobTrigger trigger =
-      own_exit ? TriggerOfExit(*exit_code, restarts_left) : TriggerOfExit(/*exit_code=*/1, restarts_left);
-  const bool cancelling = job.state() == v1::JOB_STATE_CANCELLING;
-  const bool done = trigger == JobTrigger::kAttemptSucceeded;
-  const bool preempted = job.state() == v1::JOB_STATE_PREEMPTING && !done && trigger != JobTrigger::kAttemptRefused;
-  const bool asked = cancelling || preempted;
-  const std::string why = done ? "done" : asked ? job.reason() : DescribeEnd(record, exit_code, lost_reason);
-
   v1::Attempt& attempt = record.attempts.back();
+  attempt.set_checkpoint_step(job.progress().checkpoint_step());
+  const Verdict verdict = Judge(options_.restart, job, record.attempts, end);
+  const bool done = verdict.meaning == ExitMeaning::kDone;
+  const bool refused = verdict.meaning == ExitMeaning::kRefused;
+  const JobTrigger trigger = done            ? JobTrigger::kAttemptSucceeded
+                             : refused       ? JobTrigger::kAttemptRefused
+                             : verdict.again ? JobTrigger::kAttemptFaulted
+                                             : JobTrigger::kRestartsExhausted;
+  const bool cancelling = job.state() == v1::JOB_STATE_CANCELLING;
+  const bool preempted = job.state() == v1::JOB_STATE_PREEMPTING && !done && !refused;
+  const bool asked = cancelling || preempted;
+  const std::string why = done ? "done" : asked ? job.reason() : DescribeEnd(record, end.exit_code, what);
+  const bool of_machine = verdict.meaning == ExitMeaning::kMachineFault;
+
   *attempt.mutable_end_time() = ToTimestamp(now.unix_ms);
-  if (exit_code) attempt.set_exit_code(*exit_code);
+  if (end.exit_code) attempt.set_exit_code(*end.exit_code);
   attempt.set_reason(why);
   attempt.set_preempted(preempted);
+  if (!done && !refused && !asked) attempt.set_fault(of_machine ? v1::FAULT_KIND_MACHINE : v1::FAULT_KIND_JOB);
   Write(jobs_.PutAttempt(record.sequence, attempt));
   job.mutable_progress()->set_eta_seconds(0);
 
   const std::string after = absl::StrCat("after step ", job.progress().step());
+  const int64_t checkpoint = attempt.checkpoint_step();
+  const std::string goes_on = checkpoint > 0 ? absl::StrCat("after step ", checkpoint) : "from the start";
   if (done) {
     Apply(record, trigger, "succeeded", absl::StrCat("done ", after, "; results are in ", job.output_dir()), now);
   } else if (cancelling) {
     Apply(record, trigger, "cancelled", attempt.last_step() > 0 ? absl::StrCat(why, ", stopped ", after) : why, now);
   } else if (preempted) {
     record.not_before_ms = 0;
-    const int64_t from = job.progress().checkpoint_step();
     Apply(record, trigger, "preempted",
-          absl::StrCat(why, " ", after, "; goes on ", from > 0 ? absl::StrCat("after step ", from) : "from the start",
-                       " when there is room again"),
-          now);
-  } else if (trigger == JobTrigger::kAttemptFaulted) {
-    job.set_restarts(job.restarts() + 1);
-    const milliseconds pause = PauseAfter(job.restarts());
+          absl::StrCat(why, " ", after, "; goes on ", goes_on, " when there is room again"), now);
+  } else if (refused) {
+    Apply(record, trigger, "failed", why, now);
+  } else if (verdict.again) {
+    if (of_machine) {
+      job.set_machine_faults(job.machine_faults() + 1);
+    } else {
+      job.set_restarts(job.restarts() + 1);
+    }
+    const milliseconds pause = PauseBeforeNext(options_.restart, job, record.attempts);
     record.not_before_ms = now.unix_ms + pause.count();
-    const int64_t from = job.progress().checkpoint_step();
     Apply(record, trigger, "restarting",
-          absl::StrCat("attempt ", job.attempt(), " was lost: ", why, "; the next one begins ",
-                       from > 0 ? absl::StrCat("after step ", from) : "from the start", " in ",
-                       (pause.count() + 999) / 1000, " s"),
-          now);
-  } else if (trigger == JobTrigger::kRestartsExhausted) {
-    Apply(record, trigger, "failed",
-          absl::StrCat(why, "; given up after ", job.attempt(), job.attempt() == 1 ? " attempt" : " attempts",
-                       " (max_restarts is ", job.max_restarts(), ")"),
+          absl::StrCat("attempt ", job.attempt(), " was lost", of_machine ? " to a fault of the machine: " : ": ", why,
+                       "; the next one begins ", goes_on, " in ", (pause.count() + 999) / 1000, " s"),
           now);
   } else {
-    Apply(record, trigger, "failed", why, now);
+    Apply(record, trigger, "failed", absl::StrCat(why, "; ", verdict.why_not), now);
   }
 }
 

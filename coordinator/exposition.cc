@@ -85,12 +85,17 @@ void AddStepValues(const std::string& id, const google::protobuf::Map<std::strin
   }
 }
 
+// Whether another attempt followed, or is to follow.
+bool IsFollowed(const JobView& view, const v1::Attempt& attempt) {
+  return attempt.number() < view.job.attempt() || (attempt.has_end_time() && !IsFinal(view.job.state()));
+}
+
 void AddRestarts(const JobView& view, Families* families) {
   std::map<std::string, int> restarts;  // by reason
-  int left = view.job.restarts();       // the first attempts are those that were followed by another
+  int preemptions = 0;
   for (const v1::Attempt& attempt : view.attempts) {
-    if (attempt.preempted()) continue;
-    if (left-- <= 0) break;
+    preemptions += attempt.preempted() ? 1 : 0;
+    if (attempt.fault() == v1::FAULT_KIND_UNSPECIFIED || !IsFollowed(view, attempt)) continue;
     ++restarts[attempt.has_exit_code() ? absl::StrCat("exit_", attempt.exit_code()) : "lost"];
   }
   if (restarts.empty()) restarts["lost"] = 0;
@@ -98,19 +103,41 @@ void AddRestarts(const JobView& view, Families* families) {
     families->Counter("simpo_job_restarts_total", "Attempts that were lost and followed by another, by how they ended",
                       {{"job", view.job.id()}, {"reason", reason}}, count);
   }
+  families->Counter("simpo_job_preemptions_total", "Attempts that ended to make room for another job or a drained node",
+                    {{"job", view.job.id()}}, preemptions);
 }
 
-void AddHeartbeats(const JobView& view, Families* families) {
-  std::vector<int64_t> heard = view.last_heard_ms;
-  if (heard.empty()) return;
-  std::sort(heard.begin(), heard.end());
-  const auto add = [&](const char* stat, int64_t time_ms) {
-    families->Gauge("simpo_job_last_heartbeat_timestamp_seconds", "When the ranks were last heard, Unix time",
-                    {{"job", view.job.id()}, {"stat", stat}}, static_cast<double>(time_ms) / 1000);
-  };
-  add("min", heard.front());
-  add("median", heard[heard.size() / 2]);
-  add("max", heard.back());
+// One series for each of the least, the median and the largest of all ranks.
+void AddStats(const std::string& name, const std::string& help, const std::string& job, std::vector<double> values,
+              Families* families) {
+  if (values.empty()) return;
+  std::sort(values.begin(), values.end());
+  for (const auto& [stat, value] : {std::pair("min", values.front()), std::pair("median", values[values.size() / 2]),
+                                    std::pair("max", values.back())}) {
+    families->Gauge(name, help, {{"job", job}, {"stat", stat}}, value);
+  }
+}
+
+void AddRanks(const JobView& view, Families* families) {
+  const std::string& job = view.job.id();
+  std::vector<double> heard, busy, memory;
+  const v1::RankState* slowest = nullptr;
+  for (const v1::RankState& rank : view.ranks) {
+    heard.push_back(static_cast<double>(UnixMillis(rank.heard_time())) / 1000);
+    if (rank.memory_peak_bytes() > 0) memory.push_back(static_cast<double>(rank.memory_peak_bytes()));
+    if (rank.busy_seconds() <= 0) continue;
+    busy.push_back(rank.busy_seconds());
+    if (slowest == nullptr || rank.busy_seconds() > slowest->busy_seconds()) slowest = &rank;
+  }
+  AddStats("simpo_job_last_heartbeat_timestamp_seconds", "When the ranks were last heard, Unix time", job,
+           std::move(heard), families);
+  AddStats("simpo_job_rank_step_seconds", "Time of a step that a rank is busy and does not wait for others", job,
+           std::move(busy), families);
+  AddStats("simpo_job_memory_peak_bytes", "Largest resident memory of a rank so far", job, std::move(memory), families);
+  if (slowest != nullptr) {
+    families->Gauge("simpo_job_slowest_rank", "The rank that is busy longest in a step", {{"job", job}},
+                    slowest->rank());
+  }
 }
 
 void AddJob(const JobView& view, Families* families) {
@@ -129,7 +156,7 @@ void AddJob(const JobView& view, Families* families) {
                     {{"job", job.id()}, {"state", JobStateName(state)}}, job.state() == state ? 1 : 0);
   }
   AddRestarts(view, families);
-  AddHeartbeats(view, families);
+  AddRanks(view, families);
   const v1::JobProgress& progress = job.progress();
   if (view.checkpoint_ms != 0) {
     families->Gauge("simpo_job_checkpoint_last_success_timestamp_seconds",

@@ -23,12 +23,15 @@ constexpr MethodRule kRules[] = {
     {"TrainingService/SubmitJob", Proof::kRole, Role::kSubmit, true, false},
     {"TrainingService/GetJob", Proof::kRole, Role::kRead, false, false},
     {"TrainingService/ListJobs", Proof::kRole, Role::kRead, false, false},
-    {"TrainingService/CancelJob", Proof::kRole, Role::kSubmit, true, false},    // one's own, see CheckMayChange
-    {"TrainingService/SetPriority", Proof::kRole, Role::kSubmit, true, false},  // likewise
+    {"TrainingService/CancelJob", Proof::kRole, Role::kSubmit, true, false},      // one's own, see CheckMayChange
+    {"TrainingService/SetPriority", Proof::kRole, Role::kSubmit, true, false},    // likewise
+    {"TrainingService/CheckpointJob", Proof::kRole, Role::kSubmit, true, false},  // likewise
     {"TrainingService/WatchJob", Proof::kRole, Role::kRead, false, true},
     {"TrainingService/StreamLogs", Proof::kRole, Role::kRead, false, true},
     {"TrainingService/ListMetrics", Proof::kRole, Role::kRead, false, false},
     {"TrainingService/ListNodes", Proof::kRole, Role::kRead, false, false},
+    {"TrainingService/DrainNode", Proof::kRole, Role::kAdmin, true, false},
+    {"TrainingService/UndrainNode", Proof::kRole, Role::kAdmin, true, false},
     {"TrainingService/GetServerInfo", Proof::kRole, Role::kRead, false, false},
     {"http/metrics", Proof::kRole, Role::kRead, false, false},
     {"WorkerService/Attach", Proof::kSecret, Role::kRead, false, true},

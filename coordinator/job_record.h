@@ -37,6 +37,7 @@ struct RankId {
 
 struct Rank {
   RankHealth health;
+  int64_t pid = 0;                       // on its machine
   int64_t last_heard_ms = 0;             // Unix time, for the metrics page
   std::shared_ptr<RankChannel> channel;  // empty while the rank is not connected
   bool welcomed = false;                 // by this channel
@@ -48,7 +49,10 @@ struct Gang {
   std::string secret;
   std::vector<Rank> ranks;
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
+  SteadyTime phase_since{};           // when the launcher said so first
   std::optional<SteadyTime> started;  // when mpirun ran, or when this coordinator found it
+  bool stall_told = false;            // users have been told of a rank that does not get on; until it does
+  std::set<int> stragglers;           // that users have been told of
   int64_t last_step = 0;              // of the train split, handed to the store for this attempt; 0: none
   int64_t last_eval_step = -1;        // -1: none
   int64_t last_point = 0;             // number of the newest point that was handed to the store
@@ -58,7 +62,7 @@ struct Gang {
   bool ack_due = false;     // rank 0 is to hear that its reports are stored
   bool files_read = false;  // the gang has ended, and its files have been read for points
   // Ending it: first asked by command, then terminated, then killed.
-  std::string fault;  // why this coordinator ends it as faulty; empty: it does not
+  std::optional<HungRank> fault;  // why this coordinator ends it as faulty
   std::optional<SteadyTime> stop_asked;
   std::optional<SteadyTime> terminated;
   bool termination_heard = false;  // there was a supervisor to hear it
@@ -78,6 +82,7 @@ struct JobRecord {
   std::optional<Gang> gang;             // exactly while HoldsGang(job.state())
   uint64_t version = 1;                 // grows with every change that a watcher should hear of
   bool changed = false;                 // since the last picture of it was published
+  bool heard = false;                   // ranks have been heard since then
   std::set<std::string> worker_events;  // what ranks have said; they say it again after an outage
   double mean_step_seconds = 0;         // over the latest steps, for the estimate of the end
 

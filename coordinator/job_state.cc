@@ -89,12 +89,6 @@ std::optional<Transition> NextState(v1::JobState state, JobTrigger trigger) {
   return std::nullopt;
 }
 
-JobTrigger TriggerOfExit(int exit_code, bool restarts_left) {
-  if (exit_code == 0) return JobTrigger::kAttemptSucceeded;
-  if (exit_code == 2 || exit_code == 3) return JobTrigger::kAttemptRefused;
-  return restarts_left ? JobTrigger::kAttemptFaulted : JobTrigger::kRestartsExhausted;
-}
-
 bool IsFinal(v1::JobState state) { return state == kSucceeded || state == kFailed || state == kCancelled; }
 
 bool HoldsGang(v1::JobState state) {

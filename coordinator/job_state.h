@@ -14,11 +14,11 @@ enum class JobTrigger {
   kSlotsAssigned,      // placement found room for the next attempt
   kRanksAttached,      // every rank of the gang has said hello
   kAttemptSucceeded,   // the gang left with 0
-  kAttemptRefused,     // the gang left with 2 or 3: another attempt would end the same way
+  kAttemptRefused,     // the gang left with a code that says that another attempt would end the same way
   kAttemptFaulted,     // the gang was lost, and another attempt is allowed
   kRestartsExhausted,  // the gang was lost, and no other attempt is allowed
   kCancelRequested,    // a user or the time limit wants the job to end
-  kPreempted,          // a job of higher priority needs the slots
+  kPreempted,          // a job of higher priority needs the slots, or the node is drained
 };
 inline constexpr std::array kJobTriggers = {
     JobTrigger::kSlotsAssigned,   JobTrigger::kRanksAttached,  JobTrigger::kAttemptSucceeded,
@@ -43,9 +43,6 @@ struct Transition {
 // The whole life of a job. Empty: the trigger cannot occur in that state, and the controller ignores
 // it with an error in its log.
 std::optional<Transition> NextState(v1::JobState state, JobTrigger trigger);
-
-// What a gang's exit code means. `restarts_left`: another attempt is allowed.
-JobTrigger TriggerOfExit(int exit_code, bool restarts_left);
 
 bool IsFinal(v1::JobState state);
 // Processes of the job may exist, and its slots are taken.

@@ -107,6 +107,29 @@ absl::Status JobStore::DeleteJob(int64_t sequence) {
   return delete_job_.Reset().Bind(sequence).Run();
 }
 
+absl::Status JobStore::PutDrained(const std::string& node, const std::string& reason) {
+  SIMPO_RETURN_IF_ERROR(database_.Begin());
+  if (reason.empty()) {
+    SIMPO_ASSIGN_OR_RETURN(SqliteStatement remove,
+                           database_.writer().Prepare("DELETE FROM drained_nodes WHERE node = ?"));
+    return remove.Reset().Bind(node).Run();
+  }
+  SIMPO_ASSIGN_OR_RETURN(SqliteStatement put, database_.writer().Prepare(
+                                                  "INSERT OR REPLACE INTO drained_nodes (node, reason) VALUES (?, ?)"));
+  return put.Reset().Bind(node).Bind(reason).Run();
+}
+
+absl::StatusOr<std::map<std::string, std::string>> JobStore::LoadDrained() {
+  const std::lock_guard lock(database_.reader_mutex());
+  SIMPO_ASSIGN_OR_RETURN(SqliteStatement rows, database_.reader().Prepare("SELECT node, reason FROM drained_nodes"));
+  std::map<std::string, std::string> drained;
+  while (true) {
+    SIMPO_ASSIGN_OR_RETURN(const bool row, rows.Step());
+    if (!row) return drained;
+    drained[rows.Text(0)] = rows.Text(1);
+  }
+}
+
 absl::Status JobStore::LoadAttempts(StoredJob& stored) {
   load_attempts_.Reset().Bind(stored.sequence);
   while (true) {

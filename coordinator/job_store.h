@@ -2,6 +2,7 @@
 #define SIMPO_COORDINATOR_JOB_STORE_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +36,10 @@ class JobStore {
   // `last_point`: MetricStore::stored_sequence() at this moment.
   absl::Status AddEvent(int64_t job, const v1::JobEvent& event, int64_t last_point);
   // With its attempts and events.
+  // An empty reason: the node is not drained any more.
+  absl::Status PutDrained(const std::string& node, const std::string& reason);
+  // Node, and why.
+  absl::StatusOr<std::map<std::string, std::string>> LoadDrained();
   absl::Status DeleteJob(int64_t sequence);
 
   // Every job, in order of submission.

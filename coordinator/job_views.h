@@ -29,8 +29,8 @@ struct JobView {
   // For the metrics page.
   std::string model, loss_type, launcher;
   Histogram step_seconds;
-  int64_t checkpoint_ms = 0;           // Unix time; 0: none
-  std::vector<int64_t> last_heard_ms;  // of each rank that was heard, Unix time
+  int64_t checkpoint_ms = 0;         // Unix time; 0: none
+  std::vector<v1::RankState> ranks;  // those that were heard
 };
 
 // The current picture of every job. Thread-safe.

@@ -2,6 +2,7 @@
 #define SIMPO_COORDINATOR_LAUNCHER_H_
 
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,6 +51,10 @@ class Launcher {
   virtual absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) = 0;
   // The coordinator's address for ranks that connect again.
   virtual absl::Status PublishAddress(const std::string& job_id, int attempt) = 0;
+  // Removes what it keeps of a job's attempts, which have all ended; not their logs.
+  virtual void Forget(const std::string& /*job_id*/) {}
+  // Ends and removes what is left of any job that `is_live` is not true of.
+  virtual void Sweep(const std::function<bool(const std::string& job_id)>& /*is_live*/) {}
 };
 
 // In an attempt's log_dir: what the engine itself and the checks before the ranks have printed.

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
@@ -116,17 +117,44 @@ GangStatus MpirunLauncher::Poll(const std::string& job_id, int attempt) {
 
 void MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
-  if (supervisor.ok() && IsAlive(*supervisor)) kill(supervisor->pid, SIGTERM);
+  if (supervisor.ok()) SignalProcess(*supervisor, SIGTERM);
 }
 
 void MpirunLauncher::Kill(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
-  if (supervisor.ok() && IsAlive(*supervisor)) kill(supervisor->pid, SIGKILL);
-  for (pid_t pid : ProcessesWithEnvironment(kSecretFileVariable, files.Secret().string())) kill(pid, SIGKILL);
+  if (supervisor.ok()) SignalProcess(*supervisor, SIGKILL);
+  SignalProcessesWithEnvironment(kSecretFileVariable, files.Secret().string(), SIGKILL);
   if (const absl::StatusOr<AttemptSpec> spec = ReadAttemptSpec(files); spec.ok()) {
     std::error_code error;
     fs::remove_all(ScratchDir(*spec), error);
+  }
+}
+
+void MpirunLauncher::Forget(const std::string& job_id) {
+  std::error_code error;
+  fs::remove_all(options_.attempts_dir / job_id, error);
+  if (error) {
+    LOG_WARNING(absl::StrCat("cannot remove ", (options_.attempts_dir / job_id).string(), ": ", error.message()));
+  }
+}
+
+void MpirunLauncher::Sweep(const std::function<bool(const std::string& job_id)>& is_live) {
+  std::error_code error;
+  std::vector<std::string> left;
+  for (const auto& entry : fs::directory_iterator(options_.attempts_dir, error)) {
+    if (const std::string job_id = entry.path().filename().string(); !is_live(job_id)) left.push_back(job_id);
+  }
+  for (const std::string& job_id : left) {
+    for (const auto& entry : fs::directory_iterator(options_.attempts_dir / job_id, error)) {
+      int attempt = 0;
+      if (!absl::SimpleAtoi(entry.path().filename().string(), &attempt)) continue;
+      if (FileLock::IsHeld(Files(job_id, attempt).Lock())) {
+        LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
+        Kill(job_id, attempt);
+      }
+    }
+    Forget(job_id);
   }
 }
 

@@ -31,6 +31,8 @@ class MpirunLauncher final : public Launcher {
   void Kill(const std::string& job_id, int attempt) override;
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override;
   absl::Status PublishAddress(const std::string& job_id, int attempt) override;
+  void Forget(const std::string& job_id) override;
+  void Sweep(const std::function<bool(const std::string& job_id)>& is_live) override;
 
  private:
   // What ranks read before they connect: address, authority and name, a line each.

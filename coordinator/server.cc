@@ -70,8 +70,15 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
   result.liveness.attach = Milliseconds(options.attach_timeout_s);
   result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);
   result.heartbeat_interval = std::min(result.heartbeat_interval, result.liveness.heartbeat / 4);
-  result.first_pause = Milliseconds(options.restart_pause_s);
-  result.longest_pause = Milliseconds(options.restart_pause_max_s);
+  result.liveness.prepare = Milliseconds(options.prepare_timeout_s);
+  result.liveness.load = Milliseconds(options.load_timeout_s);
+  result.liveness.step = Milliseconds(options.step_timeout_s);
+  result.liveness.eval = Milliseconds(options.eval_timeout_s);
+  result.liveness.checkpoint = Milliseconds(options.checkpoint_timeout_s);
+  result.restart.first_pause = Milliseconds(options.restart_pause_s);
+  result.restart.longest_pause = Milliseconds(options.restart_pause_max_s);
+  result.restart.max_machine_faults = options.max_machine_faults;
+  result.restart.exit_codes = options.exit_codes;
   result.stop_grace = Milliseconds(options.stop_grace_s);
   result.keep_jobs = Milliseconds(options.history_days * kSecondsOfADay);
   result.keep_points = Milliseconds(options.metrics_full_days * kSecondsOfADay);

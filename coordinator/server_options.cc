@@ -51,9 +51,17 @@ const Key kKeys[] = {
     {"calls_per_second", &ServerOptions::calls_per_second, "Calls that a user with a token may make; 0: no limit"},
     {"heartbeat_timeout_s", &ServerOptions::heartbeat_timeout_s, "Seconds of silence after which a rank is lost"},
     {"attach_timeout_s", &ServerOptions::attach_timeout_s, "Seconds that ranks have to report after their start"},
+    {"prepare_timeout_s", &ServerOptions::prepare_timeout_s, "Seconds for downloads and the token cache of an attempt"},
+    {"load_timeout_s", &ServerOptions::load_timeout_s, "Seconds that a rank may stand still while the model is loaded"},
+    {"step_timeout_s", &ServerOptions::step_timeout_s, "Seconds that a rank may stand still in a step"},
+    {"eval_timeout_s", &ServerOptions::eval_timeout_s, "Seconds that a rank may stand still in an evaluation"},
+    {"checkpoint_timeout_s", &ServerOptions::checkpoint_timeout_s,
+     "Seconds that a rank may stand still while a checkpoint or the model is written"},
     {"stop_grace_s", &ServerOptions::stop_grace_s, "Seconds that a cancelled job has for its last checkpoint"},
     {"restart_pause_s", &ServerOptions::restart_pause_s, "Seconds before the first restart; doubles with each more"},
     {"restart_pause_max_s", &ServerOptions::restart_pause_max_s, "Longest pause before a restart, in seconds"},
+    {"max_machine_faults", &ServerOptions::max_machine_faults,
+     "Attempts of a job that may be lost to faults of the machine; they do not count as restarts"},
     {"log_limit_mb", &ServerOptions::log_limit_mb, "MiB after which a log file of a job begins anew; 0: no limit"},
     {"keep_ended_minutes", &ServerOptions::keep_ended_minutes, "Minutes that an ended job stays on /metrics"},
     {"preemption", &ServerOptions::preemption, "Let jobs of higher priority take the slots of running ones"},
@@ -178,6 +186,22 @@ std::string TakeQuotas(const YAML::Node& value, ServerOptions* options) {
   return "";
 }
 
+// `exit_codes: {134: fail, 77: machine}`. Returns what is wrong with it, or nothing.
+std::string TakeExitCodes(const YAML::Node& value, ServerOptions* options) {
+  const char* form = "must be as {134: fail, 77: machine}; a code is 1 to 255 and means restart, machine or fail";
+  if (!value.IsMap()) return absl::StrCat("exit_codes: ", form);
+  for (const auto& entry : value) {
+    const int code = entry.first.as<int>();
+    const std::optional<ExitMeaning> meaning = ParseExitMeaning(entry.second.as<std::string>());
+    if (code < 1 || code > 255 || !meaning || meaning == ExitMeaning::kDone) {
+      return absl::StrCat("exit_codes: '", entry.first.as<std::string>(), ": ", entry.second.as<std::string>(),
+                          "' is wrong; it ", form);
+    }
+    options->exit_codes[code] = *meaning;
+  }
+  return "";
+}
+
 // What is wrong with one key of the config file, or nothing.
 std::string TakeKey(const CLI::App& app, const std::string& name, const YAML::Node& value, ServerOptions* options) {
   for (const Key& key : kKeys) {
@@ -193,10 +217,11 @@ std::string TakeKey(const CLI::App& app, const std::string& name, const YAML::No
   try {
     if (name == "nodes") return TakeNodes(value, options);
     if (name == "quotas") return TakeQuotas(value, options);
+    if (name == "exit_codes") return TakeExitCodes(value, options);
   } catch (const YAML::Exception&) {
     return absl::StrCat(name, ": a value has the wrong type");
   }
-  std::vector<std::string> names = {"nodes", "quotas"};
+  std::vector<std::string> names = {"nodes", "quotas", "exit_codes"};
   for (const Key& key : kKeys) names.push_back(key.name);
   return absl::StrCat("unknown key '", name, "'; known are ", absl::StrJoin(names, ", "));
 }
@@ -270,6 +295,7 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
         absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
   if (options->log_limit_mb < 0) return absl::InvalidArgumentError("--log-limit-mb must be 1 or more, or 0 for none");
+  if (options->max_machine_faults < 0) return absl::InvalidArgumentError("--max-machine-faults must be 0 or more");
   SIMPO_RETURN_IF_ERROR(CompleteNodes(options));
   for (const Key& key : kKeys) {
     const auto* field = std::get_if<double ServerOptions::*>(&key.field);

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/cluster.h"
+#include "coordinator/restart_policy.h"
 #include "coordinator/tls.h"
 
 namespace CLI {
@@ -33,9 +34,15 @@ struct ServerOptions {
   double calls_per_second = 100;           // of each user with a token; 0: no limit
   double heartbeat_timeout_s = 30;         // of a rank
   double attach_timeout_s = 600;           // from mpirun's start to a rank's first word
+  double prepare_timeout_s = 21600;        // for downloads and the token cache
+  double load_timeout_s = 1800;            // without getting on, while the model is loaded
+  double step_timeout_s = 1800;            // in a step
+  double eval_timeout_s = 1800;            // in an evaluation
+  double checkpoint_timeout_s = 1800;      // while a checkpoint or the model is written
   double stop_grace_s = 120;               // for a checkpoint before a cancelled job is ended by force
   double restart_pause_s = 1;              // before the second attempt; doubles with each further one
   double restart_pause_max_s = 60;
+  int max_machine_faults = 20;     // attempts of a job that may be lost to faults of the machine
   int log_limit_mb = 256;          // of each log file of an attempt; 0: no limit
   double keep_ended_minutes = 10;  // how long an ended job stays on the metrics page
   double history_days = 90;        // how long an ended job is kept; 0: for ever
@@ -46,6 +53,7 @@ struct ServerOptions {
   // reaches them.
   std::vector<Node> nodes;
   std::map<std::string, int> user_quotas, label_quotas;  // as in Scheduler::Options
+  std::map<int, ExitMeaning> exit_codes;                 // as in RestartPolicy
   TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca}; }
   // Where `simpo-coordinator token` keeps the tokens.
   std::filesystem::path TokenFile() const { return std::filesystem::path(data_dir) / "tokens.json"; }

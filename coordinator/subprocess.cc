@@ -3,9 +3,11 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -55,6 +57,37 @@ std::vector<pid_t> AllProcesses() {
   return pids;
 }
 
+// Holds on to a process, so that what is found out about its number after that is about this process, or it has ended.
+class ProcessHandle {
+ public:
+  explicit ProcessHandle(pid_t pid) : pid_(pid), fd_(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))) {
+    // Kernels before 5.3 have no such thing, only the number.
+    by_number_ = fd_ < 0 && errno == ENOSYS;
+  }
+  ~ProcessHandle() {
+    if (fd_ >= 0) close(fd_);
+  }
+  ProcessHandle(const ProcessHandle&) = delete;
+  ProcessHandle& operator=(const ProcessHandle&) = delete;
+  void Signal(int signal) const {
+    if (fd_ >= 0) syscall(SYS_pidfd_send_signal, fd_, signal, nullptr, 0);
+    if (by_number_) kill(pid_, signal);
+  }
+
+ private:
+  const pid_t pid_;
+  const int fd_;
+  bool by_number_ = false;
+};
+
+bool HasInEnvironment(pid_t pid, const std::string& wanted) {
+  std::ifstream file(absl::StrCat("/proc/", pid, "/environ"));
+  for (std::string variable; std::getline(file, variable, '\0');) {
+    if (variable == wanted) return true;
+  }
+  return false;
+}
+
 // posix_spawn's settings, released at the end of the scope.
 struct SpawnSettings {
   posix_spawn_file_actions_t actions;
@@ -102,6 +135,13 @@ std::optional<ProcessIdentity> IdentifyProcess(pid_t pid) {
 }
 
 bool IsAlive(const ProcessIdentity& identity) { return IdentifyProcess(identity.pid) == identity; }
+
+bool SignalProcess(const ProcessIdentity& identity, int signal) {
+  const ProcessHandle process(identity.pid);
+  if (!IsAlive(identity)) return false;
+  process.Signal(signal);
+  return true;
+}
 
 absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command, const fs::path& log) {
   SpawnSettings settings;
@@ -156,15 +196,16 @@ std::vector<pid_t> ProcessesWithEnvironment(const std::string& name, const std::
   const std::string wanted = absl::StrCat(name, "=", value);
   std::vector<pid_t> found;
   for (pid_t pid : AllProcesses()) {
-    std::ifstream file(absl::StrCat("/proc/", pid, "/environ"));
-    for (std::string variable; std::getline(file, variable, '\0');) {
-      if (variable == wanted) {
-        found.push_back(pid);
-        break;
-      }
-    }
+    if (HasInEnvironment(pid, wanted)) found.push_back(pid);
   }
   return found;
+}
+
+void SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal) {
+  const std::string wanted = absl::StrCat(name, "=", value);
+  for (pid_t pid : ProcessesWithEnvironment(name, value)) {
+    if (const ProcessHandle process(pid); HasInEnvironment(pid, wanted)) process.Signal(signal);
+  }
 }
 
 int ExitCodeOfWaitStatus(int status) { return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status); }

@@ -27,6 +27,9 @@ std::string BootId();
 std::optional<ProcessIdentity> IdentifyProcess(pid_t pid);
 bool IsAlive(const ProcessIdentity& identity);
 
+// Sends a signal to a process, and never to a later one with the same number. False: it has ended.
+bool SignalProcess(const ProcessIdentity& identity, int signal);
+
 // Starts a program in a session of its own, with its output appended to `log`, no input, and no
 // other open files. Returns its pid; it becomes a child of the caller.
 absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command, const std::filesystem::path& log);
@@ -41,6 +44,9 @@ std::vector<pid_t> Descendants(pid_t ancestor);
 
 // Processes of this user whose environment holds name=value.
 std::vector<pid_t> ProcessesWithEnvironment(const std::string& name, const std::string& value);
+
+// Sends a signal to each of them, and never to a later process with the same number.
+void SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal);
 
 // As a shell says it: the exit code, or 128 + n after signal n. `status` is from waitpid.
 int ExitCodeOfWaitStatus(int status);

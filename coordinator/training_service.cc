@@ -27,6 +27,7 @@ constexpr int kDefaultJobs = 50;
 constexpr int kMaxJobs = 1000;
 constexpr int kDefaultPoints = 1000;
 constexpr int kMaxPoints = 10'000;
+constexpr size_t kMaxReasonBytes = 256;
 
 // One unary call: admits its caller, answers it, and notes how long it took and what came of it. A method that does
 // not begin with one, and with its answer(), has not asked whether it may go on.
@@ -214,10 +215,11 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   return call.reactor();
 }
 
-grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext* context,
-                                                     const v1::CancelJobRequest* request,
-                                                     v1::CancelJobResponse* response) {
-  const UnaryCall call(context, parts_, "CancelJob", request->job_id());
+// A call that changes a job that its caller may change. `change(id, done)` begins the change.
+template <typename Request, typename Response, typename Change>
+grpc::ServerUnaryReactor* TrainingService::ChangeJob(grpc::CallbackServerContext* context, const char* method,
+                                                     const Request* request, Response* response, Change change) {
+  const UnaryCall call(context, parts_, method, request->job_id());
   if (!call.admitted()) return call.Refuse();
   const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
   if (!view.ok()) return call.Finish(view.status(), request->job_id());
@@ -226,7 +228,7 @@ grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext
     return call.Finish(status, id);
   }
   call.LimitTime();
-  parts_.controller.Cancel(id, [call, id, response](absl::StatusOr<v1::CancelJobResponse> result) {
+  change(id, [call, id, response](absl::StatusOr<Response> result) {
     if (!call.Claim()) return;
     if (result.ok()) response->Swap(&*result);
     call.Finish(result.status(), id);
@@ -234,24 +236,65 @@ grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext
   return call.reactor();
 }
 
+grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext* context,
+                                                     const v1::CancelJobRequest* request,
+                                                     v1::CancelJobResponse* response) {
+  return ChangeJob(context, "CancelJob", request, response, [&](const std::string& id, Dispatcher::CancelDone done) {
+    parts_.controller.Cancel(id, std::move(done));
+  });
+}
+
 grpc::ServerUnaryReactor* TrainingService::SetPriority(grpc::CallbackServerContext* context,
                                                        const v1::SetPriorityRequest* request,
                                                        v1::SetPriorityResponse* response) {
-  const UnaryCall call(context, parts_, "SetPriority", request->job_id());
+  return ChangeJob(context, "SetPriority", request, response,
+                   [&](const std::string& id, Dispatcher::PriorityDone done) {
+                     parts_.controller.SetPriority(id, request->priority(), std::move(done));
+                   });
+}
+
+grpc::ServerUnaryReactor* TrainingService::CheckpointJob(grpc::CallbackServerContext* context,
+                                                         const v1::CheckpointJobRequest* request,
+                                                         v1::CheckpointJobResponse* response) {
+  return ChangeJob(context, "CheckpointJob", request, response,
+                   [&](const std::string& id, Dispatcher::CheckpointDone done) {
+                     parts_.controller.Checkpoint(id, std::move(done));
+                   });
+}
+
+grpc::ServerUnaryReactor* TrainingService::DrainNode(grpc::CallbackServerContext* context,
+                                                     const v1::DrainNodeRequest* request,
+                                                     v1::DrainNodeResponse* response) {
+  const UnaryCall call(context, parts_, "DrainNode");
   if (!call.admitted()) return call.Refuse();
-  const absl::StatusOr<JobViews::View> view = parts_.views.Find(request->job_id());
-  if (!view.ok()) return call.Finish(view.status(), request->job_id());
-  const std::string id = (*view)->job.id();
-  if (absl::Status status = Guard::CheckMayChange(call.caller(), (*view)->job); !status.ok()) {
-    return call.Finish(status, id);
+  if (request->reason().size() > kMaxReasonBytes) {
+    return call.Finish(BadFieldsError(
+        {{"reason", 0, absl::StrCat("it has ", request->reason().size(), " bytes; at most ", kMaxReasonBytes)}}));
   }
   call.LimitTime();
-  parts_.controller.SetPriority(id, request->priority(),
-                                [call, id, response](absl::StatusOr<v1::SetPriorityResponse> result) {
-                                  if (!call.Claim()) return;
-                                  if (result.ok()) response->Swap(&*result);
-                                  call.Finish(result.status(), id);
-                                });
+  const std::string who = call.caller().user.empty() ? "" : absl::StrCat(" by ", call.caller().user);
+  parts_.controller.SetDrained(request->node(),
+                               request->reason().empty() ? absl::StrCat("drained", who) : request->reason(),
+                               request->keep_running(), [call, response](absl::StatusOr<v1::NodeState> node) {
+                                 if (!call.Claim()) return;
+                                 if (node.ok()) response->mutable_node()->Swap(&*node);
+                                 call.Finish(node.status());
+                               });
+  return call.reactor();
+}
+
+grpc::ServerUnaryReactor* TrainingService::UndrainNode(grpc::CallbackServerContext* context,
+                                                       const v1::UndrainNodeRequest* request,
+                                                       v1::UndrainNodeResponse* response) {
+  const UnaryCall call(context, parts_, "UndrainNode");
+  if (!call.admitted()) return call.Refuse();
+  call.LimitTime();
+  parts_.controller.SetDrained(request->node(), /*reason=*/"", /*keep_running=*/true,
+                               [call, response](absl::StatusOr<v1::NodeState> node) {
+                                 if (!call.Claim()) return;
+                                 if (node.ok()) response->mutable_node()->Swap(&*node);
+                                 call.Finish(node.status());
+                               });
   return call.reactor();
 }
 
@@ -275,6 +318,7 @@ absl::Status TrainingService::GetJobNow(const v1::GetJobRequest& request, v1::Ge
   *response->mutable_job() = view->job;
   response->mutable_job()->set_config_yaml(*view->config_yaml);
   for (const v1::Attempt& attempt : view->attempts) *response->add_attempts() = attempt;
+  for (const v1::RankState& rank : view->ranks) *response->add_ranks() = rank;
   for (v1::JobEvent& event : events) {
     if (event.type() == "advice") response->add_advice(event.message());
     response->add_events()->Swap(&event);

@@ -59,6 +59,12 @@ class TrainingService final : public v1::TrainingService::CallbackService {
                                       v1::CancelJobResponse* response) override;
   grpc::ServerUnaryReactor* SetPriority(grpc::CallbackServerContext* context, const v1::SetPriorityRequest* request,
                                         v1::SetPriorityResponse* response) override;
+  grpc::ServerUnaryReactor* CheckpointJob(grpc::CallbackServerContext* context, const v1::CheckpointJobRequest* request,
+                                          v1::CheckpointJobResponse* response) override;
+  grpc::ServerUnaryReactor* DrainNode(grpc::CallbackServerContext* context, const v1::DrainNodeRequest* request,
+                                      v1::DrainNodeResponse* response) override;
+  grpc::ServerUnaryReactor* UndrainNode(grpc::CallbackServerContext* context, const v1::UndrainNodeRequest* request,
+                                        v1::UndrainNodeResponse* response) override;
   grpc::ServerUnaryReactor* ListNodes(grpc::CallbackServerContext* context, const v1::ListNodesRequest* request,
                                       v1::ListNodesResponse* response) override;
   grpc::ServerUnaryReactor* ListMetrics(grpc::CallbackServerContext* context, const v1::ListMetricsRequest* request,
@@ -74,6 +80,9 @@ class TrainingService final : public v1::TrainingService::CallbackService {
   // Admits the caller of a stream, and counts it while what is returned lives.
   absl::StatusOr<std::shared_ptr<void>> OpenStream(const char* method, const grpc::CallbackServerContext& context,
                                                    const std::string& job);
+  template <typename Request, typename Response, typename Change>
+  grpc::ServerUnaryReactor* ChangeJob(grpc::CallbackServerContext* context, const char* method, const Request* request,
+                                      Response* response, Change change);
   std::vector<FieldViolation> CheckGivenOutputDir(const JobConfig& config, const Caller& caller) const;
   absl::Status GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response);
   absl::Status ListJobsNow(const v1::ListJobsRequest& request, v1::ListJobsResponse* response);

@@ -216,6 +216,18 @@ absl::StatusOr<v1::SetPriorityResponse> Client::SetPriority(const v1::SetPriorit
   return Call(*this, stub_.get(), &v1::TrainingService::Stub::SetPriority, request, kTries);
 }
 
+absl::StatusOr<v1::CheckpointJobResponse> Client::Checkpoint(const v1::CheckpointJobRequest& request) {
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::CheckpointJob, request, kTries);
+}
+
+absl::StatusOr<v1::DrainNodeResponse> Client::Drain(const v1::DrainNodeRequest& request) {
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::DrainNode, request, kTries);
+}
+
+absl::StatusOr<v1::UndrainNodeResponse> Client::Undrain(const v1::UndrainNodeRequest& request) {
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::UndrainNode, request, kTries);
+}
+
 absl::StatusOr<v1::ListNodesResponse> Client::ListNodes(const v1::ListNodesRequest& request) {
   return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListNodes, request, 1);
 }

@@ -26,7 +26,10 @@ void AddGet(CLI::App& app, CommandLine& line);
 void AddDescribe(CLI::App& app, CommandLine& line);
 void AddCancel(CLI::App& app, CommandLine& line);
 void AddPriority(CLI::App& app, CommandLine& line);
+void AddCheckpoint(CLI::App& app, CommandLine& line);
 void AddNodes(CLI::App& app, CommandLine& line);
+void AddDrain(CLI::App& app, CommandLine& line);
+void AddUndrain(CLI::App& app, CommandLine& line);
 void AddWatch(CLI::App& app, CommandLine& line);  // streams.cc
 void AddWait(CLI::App& app, CommandLine& line);
 void AddLogs(CLI::App& app, CommandLine& line);

@@ -40,6 +40,12 @@ Json ProgressToJson(const v1::JobProgress& progress) {
           {"eval_metrics", SortedJson(progress.eval_metrics())}};
 }
 
+// "job", "machine"; empty: it was not lost.
+std::string FaultName(v1::FaultKind fault) {
+  if (fault == v1::FAULT_KIND_JOB) return "job";
+  return fault == v1::FAULT_KIND_MACHINE ? "machine" : "";
+}
+
 std::string ProgressCell(const v1::JobProgress& progress) {
   if (progress.steps_planned() <= 0) return progress.phase().empty() ? "-" : progress.phase();
   return absl::StrFormat("%d/%d", progress.step(), progress.steps_planned());
@@ -71,6 +77,26 @@ std::string AttemptTable(const v1::GetJobResponse& response) {
   return FormatTable(rows);
 }
 
+constexpr int kRanksShown = 64;
+
+std::string RankTable(const v1::GetJobResponse& response) {
+  std::vector<std::vector<std::string>> rows = {
+      {"RANK", "HOST", "PID", "PHASE", "STEP", "BUSY", "HEARD", "COLLECTIVE"}};
+  for (const v1::RankState& rank : response.ranks()) {
+    if (static_cast<int>(rows.size()) > kRanksShown) break;
+    rows.push_back({absl::StrCat(rank.rank()), OneLine(rank.hostname()), absl::StrCat(rank.pid()),
+                    rank.phase().empty() ? "-" : OneLine(rank.phase()), absl::StrCat(rank.step()),
+                    rank.busy_seconds() > 0 ? absl::StrCat(ShortNumber(rank.busy_seconds()), " s") : "-",
+                    absl::StrCat(ShortTime(rank.heard_time()), rank.connected() ? "" : " (not connected)"),
+                    rank.last_collective().empty() ? "-" : OneLine(rank.last_collective())});
+  }
+  std::string text = FormatTable(rows);
+  if (response.ranks_size() > kRanksShown) {
+    absl::StrAppend(&text, "and ", response.ranks_size() - kRanksShown, " more (get -o json shows all)\n");
+  }
+  return text;
+}
+
 std::string EventTable(const v1::GetJobResponse& response) {
   std::vector<std::vector<std::string>> rows;
   for (const v1::JobEvent& event : response.events()) {
@@ -93,7 +119,11 @@ std::string Facts(const v1::GetJobResponse& response) {
       {"Created", ShortTime(job.create_time())},
       {"Started", ShortTime(job.start_time())},
       {"Ended", ShortTime(job.end_time())},
-      {"Attempt", absl::StrCat(job.attempt(), " (", job.restarts(), " of at most ", job.max_restarts(), " restarts)")},
+      {"Attempt",
+       absl::StrCat(
+           job.attempt(), " (", job.restarts(), " of at most ", job.max_restarts(), " restarts",
+           job.machine_faults() > 0 ? absl::StrCat(", ", job.machine_faults(), " lost to faults of the machine") : "",
+           ")")},
   };
   for (const auto& [key, value] : std::map<std::string, std::string>(job.labels().begin(), job.labels().end())) {
     rows.push_back({"Label", absl::StrCat(key, "=", value)});
@@ -140,6 +170,7 @@ Json JobToJson(const v1::Job& job) {
                {"attempt", job.attempt()},
                {"restarts", job.restarts()},
                {"max_restarts", job.max_restarts()},
+               {"machine_faults", job.machine_faults()},
                {"request_id", job.request_id()},
                {"progress", ProgressToJson(job.progress())}};
   if (!job.config_yaml().empty()) json["config_yaml"] = job.config_yaml();
@@ -155,6 +186,8 @@ Json DescriptionToJson(const v1::GetJobResponse& response) {
                                 {"end_time", FormatTime(attempt.end_time())},
                                 {"exit_code", attempt.has_exit_code() ? Json(attempt.exit_code()) : Json()},
                                 {"reason", attempt.reason()},
+                                {"fault", FaultName(attempt.fault())},
+                                {"checkpoint_step", attempt.checkpoint_step()},
                                 {"log_dir", attempt.log_dir()},
                                 {"first_step", attempt.first_step()},
                                 {"last_step", attempt.last_step()}});
@@ -167,6 +200,19 @@ Json DescriptionToJson(const v1::GetJobResponse& response) {
                               {"message", event.message()},
                               {"attempt", event.attempt()},
                               {"state", StateName(event.state())}});
+  }
+  json["ranks"] = Json::array();
+  for (const v1::RankState& rank : response.ranks()) {
+    json["ranks"].push_back({{"rank", rank.rank()},
+                             {"hostname", rank.hostname()},
+                             {"pid", rank.pid()},
+                             {"connected", rank.connected()},
+                             {"heard_time", FormatTime(rank.heard_time())},
+                             {"phase", rank.phase()},
+                             {"step", rank.step()},
+                             {"busy_seconds", ExactJson(rank.busy_seconds())},
+                             {"last_collective", rank.last_collective()},
+                             {"memory_peak_bytes", rank.memory_peak_bytes()}});
   }
   json["advice"] = std::vector<std::string>(response.advice().begin(), response.advice().end());
   return json;
@@ -185,7 +231,7 @@ std::string JobTable(const std::vector<v1::Job>& jobs, const google::protobuf::T
 }
 
 std::string NodeTable(const std::vector<v1::NodeState>& nodes) {
-  std::vector<std::vector<std::string>> rows = {{"NODE", "STATE", "SLOTS", "TAKEN", "LABELS", "JOBS"}};
+  std::vector<std::vector<std::string>> rows = {{"NODE", "STATE", "SLOTS", "TAKEN", "LABELS", "JOBS", "WHY"}};
   for (const v1::NodeState& node : nodes) {
     std::vector<std::string> labels;
     for (const auto& [key, value] : std::map<std::string, std::string>(node.labels().begin(), node.labels().end())) {
@@ -193,9 +239,10 @@ std::string NodeTable(const std::vector<v1::NodeState>& nodes) {
     }
     std::vector<std::string> jobs;
     for (const v1::JobSlots& job : node.jobs()) jobs.push_back(absl::StrCat(job.job_id(), " (", job.slots(), ")"));
-    rows.push_back({node.name(), node.up() ? "up" : "down", absl::StrCat(node.slots()),
-                    absl::StrCat(node.slots_taken()), labels.empty() ? "-" : absl::StrJoin(labels, ","),
-                    jobs.empty() ? "-" : absl::StrJoin(jobs, ", ")});
+    const std::string state = !node.drain_reason().empty() ? "drained" : node.up() ? "up" : "down";
+    rows.push_back({node.name(), state, absl::StrCat(node.slots()), absl::StrCat(node.slots_taken()),
+                    labels.empty() ? "-" : absl::StrJoin(labels, ","), jobs.empty() ? "-" : absl::StrJoin(jobs, ", "),
+                    OneLine(node.drain_reason())});
   }
   return FormatTable(rows);
 }
@@ -207,6 +254,7 @@ Json NodesToJson(const std::vector<v1::NodeState>& nodes) {
     for (const v1::JobSlots& job : node.jobs()) jobs.push_back({{"job_id", job.job_id()}, {"slots", job.slots()}});
     json.push_back({{"name", node.name()},
                     {"up", node.up()},
+                    {"drain_reason", node.drain_reason()},
                     {"slots", node.slots()},
                     {"slots_taken", node.slots_taken()},
                     {"labels", SortedJson(node.labels())},
@@ -230,6 +278,7 @@ std::string NextCommands(const v1::Job& job, const std::string& command, const s
     add("watch " + id, "progress, live");
     add("logs " + id + " --follow", "what rank 0 says");
     add("metrics " + id + " -o csv", "every step's values so far");
+    if (job.state() == v1::JOB_STATE_RUNNING) add("checkpoint " + id, "a checkpoint now");
     if (job.state() == v1::JOB_STATE_QUEUED) add("priority " + id + " N", "another place in the queue");
     add("cancel " + id, "end it");
   }
@@ -244,6 +293,7 @@ std::string DescribeText(const v1::GetJobResponse& response, const std::string& 
                          const std::string& http_address) {
   std::string text = Facts(response);
   if (response.attempts_size() > 0) absl::StrAppend(&text, "\nAttempts\n", Indented(AttemptTable(response), "  "));
+  if (response.ranks_size() > 0) absl::StrAppend(&text, "\nRanks\n", Indented(RankTable(response), "  "));
   if (response.events_size() > 0) absl::StrAppend(&text, "\nEvents\n", Indented(EventTable(response), "  "));
   if (response.advice_size() > 0) {
     absl::StrAppend(&text, "\nAdvice\n");

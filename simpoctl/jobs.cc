@@ -1,8 +1,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <iostream>
 #include <memory>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -24,9 +26,18 @@ struct ListOptions {
   std::string output = "table";
 };
 
+constexpr std::chrono::milliseconds kPoll{500};
+
+struct DrainOptions {
+  std::string node;
+  std::string reason;
+  bool keep_running = false;
+};
+
 struct JobOptions {
   std::string job;
   bool yes = false;
+  bool wait = false;
   int priority = 0;
   std::string output = "table";
 };
@@ -120,6 +131,69 @@ absl::StatusOr<int> Priority(Client& client, const JobOptions& options) {
   return kExitOk;
 }
 
+int64_t LastEvent(const v1::GetJobResponse& response, const std::string& type) {
+  int64_t sequence = 0;
+  for (const v1::JobEvent& event : response.events()) {
+    if (event.type() == type) sequence = event.sequence();
+  }
+  return sequence;
+}
+
+absl::StatusOr<int> Checkpoint(Client& client, const JobOptions& options) {
+  SIMPO_ASSIGN_OR_RETURN(const v1::GetJobResponse before, client.GetJob(options.job));
+  v1::CheckpointJobRequest request;
+  request.set_job_id(before.job().id());
+  SIMPO_ASSIGN_OR_RETURN(const v1::CheckpointJobResponse response, client.Checkpoint(request));
+  const std::string& id = response.job().id();
+  const std::string job = absl::StrCat("Job ", id, " (", OneLine(response.job().name()), ")");
+  if (!options.wait) {
+    PrintOut(absl::StrCat(job, " was asked for a checkpoint at its next step\n"));
+    PrintErr(absl::StrCat("See when it is complete with: ", client.command(), " describe ", id, "\n"));
+    return kExitOk;
+  }
+  while (true) {
+    SIMPO_ASSIGN_OR_RETURN(const v1::GetJobResponse now, client.GetJob(id));
+    if (LastEvent(now, "checkpoint") > LastEvent(before, "checkpoint")) {
+      PrintOut(absl::StrCat(job, " has a checkpoint of step ", now.job().progress().checkpoint_step(), "\n"));
+      return kExitOk;
+    }
+    if (now.job().state() != v1::JOB_STATE_RUNNING) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("job ", id, " is ", StateName(now.job().state()),
+                       " and has written no checkpoint since it was asked: ", now.job().reason()));
+    }
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
+std::string DescribeNode(const v1::NodeState& node) {
+  const int jobs = node.jobs_size();
+  return absl::StrCat("Node ", node.name(), node.up() ? " is in use" : " gets no new gang", "; ",
+                      jobs == 0 ? "no job" : absl::StrCat(jobs, jobs == 1 ? " job" : " jobs"), " on it\n");
+}
+
+absl::StatusOr<int> Drain(Client& client, const DrainOptions& options) {
+  v1::DrainNodeRequest request;
+  request.set_node(options.node);
+  request.set_reason(options.reason);
+  request.set_keep_running(options.keep_running);
+  SIMPO_ASSIGN_OR_RETURN(const v1::DrainNodeResponse response, client.Drain(request));
+  PrintOut(DescribeNode(response.node()));
+  if (response.node().jobs_size() > 0) {
+    PrintErr(absl::StrCat(options.keep_running ? "They go on to their end" : "They write a checkpoint and leave",
+                          "; see with: ", client.command(), " nodes\n"));
+  }
+  return kExitOk;
+}
+
+absl::StatusOr<int> Undrain(Client& client, const DrainOptions& options) {
+  v1::UndrainNodeRequest request;
+  request.set_node(options.node);
+  SIMPO_ASSIGN_OR_RETURN(const v1::UndrainNodeResponse response, client.Undrain(request));
+  PrintOut(DescribeNode(response.node()));
+  return kExitOk;
+}
+
 absl::StatusOr<int> Nodes(Client& client, const std::string& output) {
   std::vector<v1::NodeState> nodes;
   v1::ListNodesRequest request;
@@ -182,6 +256,31 @@ void AddPriority(CLI::App& app, CommandLine& line) {
       ->type_name("N")
       ->check(CLI::Range(-1'000'000, 1'000'000));
   command->callback([&line, options] { line.run = [options](Client& client) { return Priority(client, *options); }; });
+}
+
+void AddCheckpoint(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<JobOptions>();
+  CLI::App* command = AddJobCommand(app, "checkpoint", "Have a running job write a checkpoint now", options.get());
+  command->add_flag("--wait", options->wait, "Wait until it is complete");
+  command->callback(
+      [&line, options] { line.run = [options](Client& client) { return Checkpoint(client, *options); }; });
+}
+
+void AddDrain(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<DrainOptions>();
+  CLI::App* command = app.add_subcommand(
+      "drain", "Take a node out of use: its jobs write a checkpoint, leave and wait in the queue (administrators)");
+  command->add_option("node", options->node, "As `simpoctl nodes` names it")->required()->type_name("NODE");
+  command->add_option("--reason", options->reason, "Why, for those who look");
+  command->add_flag("--keep-running", options->keep_running, "Let the jobs on it go on to their end");
+  command->callback([&line, options] { line.run = [options](Client& client) { return Drain(client, *options); }; });
+}
+
+void AddUndrain(CLI::App& app, CommandLine& line) {
+  auto options = std::make_shared<DrainOptions>();
+  CLI::App* command = app.add_subcommand("undrain", "Take a drained node into use again (administrators)");
+  command->add_option("node", options->node, "As `simpoctl nodes` names it")->required()->type_name("NODE");
+  command->callback([&line, options] { line.run = [options](Client& client) { return Undrain(client, *options); }; });
 }
 
 void AddNodes(CLI::App& app, CommandLine& line) {

@@ -76,7 +76,10 @@ void Declare(CLI::App& app, CommandLine& line) {
   AddCancel(app, line);
   AddWait(app, line);
   AddPriority(app, line);
+  AddCheckpoint(app, line);
   AddNodes(app, line);
+  AddDrain(app, line);
+  AddUndrain(app, line);
   AddVersion(app, line);
   AddCompletion(app, line);
   AddHelp(app, line);

@@ -1,6 +1,7 @@
 #include "worker/coordinator_client.h"
 
 #include <grpcpp/grpcpp.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -54,6 +55,22 @@ google::protobuf::Timestamp Now() {
   time.set_seconds(std::chrono::duration_cast<std::chrono::seconds>(now).count());
   time.set_nanos(static_cast<int32_t>((now % std::chrono::seconds(1)).count()));
   return time;
+}
+
+// Largest resident memory of this process so far, in bytes.
+int64_t PeakMemory() {
+  rusage usage = {};
+  return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
+}
+
+void Describe(const RankActivity::State& activity, v1::Heartbeat* heartbeat) {
+  heartbeat->set_moves(activity.moves);
+  if (activity.collectives == 0) return;
+  v1::LastCollective& last = *heartbeat->mutable_collective();
+  last.set_number(activity.collectives);
+  last.set_verb(activity.verb);
+  last.set_bytes(activity.bytes);
+  last.set_waiting_seconds(activity.waiting_s);
 }
 
 // A value of a metrics line; JSON has no number for the non-finite ones.
@@ -118,6 +135,7 @@ class Client final : public CoordinatorClient {
   ~Client() override { Stop(); }
 
   void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) override;
+  void SetLastStep(double seconds, double waited_seconds) override;
   void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) override;
   void ReportEvent(std::string_view type, std::string_view message, int64_t step) override;
   std::optional<Command> TakeCommand() override;
@@ -172,7 +190,7 @@ class Client final : public CoordinatorClient {
   std::string phase_;
   int64_t step_ = 0;
   int64_t steps_planned_ = 0;
-  double last_step_seconds_ = 0;
+  double last_step_seconds_ = 0, last_step_waited_seconds_ = 0;
   bool phase_changed_ = false;
   Steps reported_ = kNothing;  // last steps whose lines stand in the files
   Steps acked_ = kNothing;     // last steps that the coordinator holds
@@ -198,7 +216,13 @@ void Client::SetPhase(std::string_view phase, int64_t step, int64_t steps_planne
   if (phase_changed_) changed_.notify_all();
 }
 
-void Client::ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) {
+void Client::SetLastStep(double seconds, double waited_seconds) {
+  const std::lock_guard lock(mutex_);
+  last_step_seconds_ = seconds;
+  last_step_waited_seconds_ = waited_seconds;
+}
+
+void Client::ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& /*values*/) {
   const std::lock_guard lock(mutex_);
   const int index = split == kSplitNames[kTrain] ? kTrain : kEval;
   reported_[index] = std::max(reported_[index], step);
@@ -206,8 +230,6 @@ void Client::ReportStep(std::string_view split, int64_t step, const std::map<std
   if (report_times_[index].size() > kMaxReportTimes) {
     report_times_[index].erase(report_times_[index].begin());
   }
-  const auto seconds = values.find("step_seconds");
-  if (seconds != values.end()) last_step_seconds_ = seconds->second;
   changed_.notify_all();
 }
 
@@ -425,6 +447,9 @@ bool Client::SendHeartbeat(Session& session) {
     heartbeat.set_step(step_);
     heartbeat.set_steps_planned(steps_planned_);
     heartbeat.set_last_step_seconds(last_step_seconds_);
+    heartbeat.set_last_step_wait_seconds(last_step_waited_seconds_);
+    heartbeat.set_memory_peak_bytes(PeakMemory());
+    if (options_.activity != nullptr) Describe(options_.activity->Now(), &heartbeat);
   }
   session.next_heartbeat = Clock::now() + session.heartbeat_interval;
   return session.stream->Write(request);

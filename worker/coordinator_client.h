@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "absl/status/statusor.h"
+#include "worker/comm/rank_activity.h"
 
 namespace simpo {
 
@@ -34,6 +35,7 @@ class CoordinatorClient {
     int world_size = 1;
     std::filesystem::path metrics_path;       // rank 0: where metrics.jsonl is, for the replay
     std::filesystem::path eval_metrics_path;  // rank 0
+    const RankActivity* activity = nullptr;   // what heartbeats tell of this rank; outlives the client
   };
   enum class Command { kCheckpoint, kStop };
 
@@ -45,6 +47,8 @@ class CoordinatorClient {
 
   // The state that heartbeats carry.
   virtual void SetPhase(std::string_view phase, int64_t step, int64_t steps_planned) = 0;
+  // How long the last step took this rank, and what of it the rank waited for others.
+  virtual void SetLastStep(double seconds, double waited_seconds) = 0;
   // One line of metrics.jsonl (split "train") or eval_metrics.jsonl ("eval"), which must be in the
   // file by now: that is where it is sent from. Rank 0 only.
   virtual void ReportStep(std::string_view split, int64_t step, const std::map<std::string, double>& values) = 0;

@@ -59,6 +59,7 @@ std::map<std::string, double> Evaluate(const Decoder& decoder, ShardedParams& pa
     std::vector<TokenizedPair> pairs;
     for (int64_t i : indices) pairs.push_back(data[i]);
     stats += ForwardOnly(decoder, params, Pack(pairs, share_up_to), loss);
+    comm.activity().Moved();
   }
   return StatsToMetrics(AllReduceStats(stats, comm), loss, "eval_");
 }

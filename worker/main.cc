@@ -375,9 +375,10 @@ CoordinatorClient::Options ClientOptions(const Flags& flags, int world_size) {
           .world_size = world_size};
 }
 
-std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOptions& options, int world_size) {
+std::unique_ptr<CoordinatorClient> StartClient(const Flags& flags, const TrainOptions& options, Collectives& comm) {
   if (flags.coordinator.empty() && flags.coordinator_file.empty()) return nullptr;
-  CoordinatorClient::Options client = ClientOptions(flags, world_size);
+  CoordinatorClient::Options client = ClientOptions(flags, comm.world_size());
+  client.activity = &comm.activity();
   client.metrics_path = options.output_dir / "metrics.jsonl";
   client.eval_metrics_path = options.output_dir / "eval_metrics.jsonl";
   return CoordinatorClient::Start(std::move(client));
@@ -433,7 +434,7 @@ absl::StatusOr<TrainOutcome> RunRanks(const Flags& flags, const ParsedJob& job, 
     LOG_INFO(absl::StrCat("running on ", comm.world_size(), " ranks as started (the job file says ",
                           options.config.Ranks(), ")"));
   }
-  *client = StartClient(flags, options, comm.world_size());
+  *client = StartClient(flags, options, comm);
   options.coordinator = client->get();
   SIMPO_RETURN_IF_ERROR(CheckSameInputs(options, comm));
   return Train(options, comm);

@@ -304,6 +304,7 @@ absl::Status Run::Diverged(int64_t step, double loss, double grad_norm, const st
 // One optimizer step over one global batch.
 absl::StatusOr<Metrics> Run::Step(int64_t step) {
   const auto begin = Clock::now();
+  const double waited_before = comm_.activity().Now().waited_s;
   GlobalBatchSize global;
   int64_t truncated = 0;
   double flops = 0;
@@ -318,6 +319,7 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
     stats += ForwardBackward(*decoder_, *params_, batch, loss_, global, config_.gradient_checkpointing, last);
     flops += 6 * (body * static_cast<double>(batch.input_ids_T.numel()) +
                   head * static_cast<double>(batch.head_rows_N.numel()));
+    comm_.activity().Moved();
   }
   params_->FinishReduce();
   const double grad_norm = GlobalGradNorm(*params_, comm_);
@@ -334,6 +336,9 @@ absl::StatusOr<Metrics> Run::Step(int64_t step) {
   pairs_seen_ += static_cast<int64_t>(stats.pairs);
   tokens_seen_ += static_cast<int64_t>(stats.source_tokens);
   const double seconds = Seconds(begin);
+  if (options_.coordinator != nullptr) {
+    options_.coordinator->SetLastStep(seconds, comm_.activity().Now().waited_s - waited_before);
+  }
   metrics["grad_norm"] = grad_norm;
   metrics["clip_coefficient"] = clip;
   metrics["learning_rate"] = learning_rate;

@@ -28,6 +28,7 @@ class Listener : public CoordinatorClient {
  public:
   explicit Listener(int64_t stop_after) : stop_after_(stop_after) {}
   void SetPhase(std::string_view, int64_t, int64_t) override {}
+  void SetLastStep(double, double) override {}
   void ReportStep(std::string_view split, int64_t step, const Metrics&) override {
     stop_ |= split == "train" && step == stop_after_;
   }

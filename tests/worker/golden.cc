@@ -24,6 +24,7 @@ class StopAfterStep : public CoordinatorClient {
  public:
   explicit StopAfterStep(int64_t step) : step_(step) {}
   void SetPhase(std::string_view, int64_t, int64_t) override {}
+  void SetLastStep(double, double) override {}
   void ReportStep(std::string_view split, int64_t step, const Metrics&) override {
     if (split == "train" && step == step_) due_ = true;
   }

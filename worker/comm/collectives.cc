@@ -21,20 +21,27 @@ class SingleRankCollectives final : public Collectives {
 Pending& Pending::operator=(Pending&& other) noexcept {
   Pending old(std::move(*this));  // waits
   wait_ = std::exchange(other.wait_, nullptr);
+  activity_ = other.activity_;
   return *this;
 }
 
 Pending::~Pending() {
-  if (wait_ == nullptr) return;
   try {
-    wait_();
+    Wait();
   } catch (const std::exception&) {
     // The next collective meets it again.
   }
 }
 
 void Pending::Wait() {
-  if (const std::function<void()> wait = std::exchange(wait_, nullptr)) wait();
+  const std::function<void()> wait = std::exchange(wait_, nullptr);
+  if (wait == nullptr) return;
+  struct Waiting {
+    explicit Waiting(RankActivity& activity) : activity(activity) { activity.BeginWait(); }
+    ~Waiting() { activity.EndWait(); }
+    RankActivity& activity;
+  } const waiting(*activity_);
+  wait();
 }
 
 std::unique_ptr<Collectives> MakeSingleRankCollectives() { return std::make_unique<SingleRankCollectives>(); }

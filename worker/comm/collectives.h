@@ -10,6 +10,8 @@
 #include <string>
 #include <utility>
 
+#include "worker/comm/rank_activity.h"
+
 namespace simpo {
 
 // A collective under way. The tensor must not be touched between the call that began it and Wait().
@@ -17,8 +19,9 @@ namespace simpo {
 class Pending {
  public:
   Pending() = default;  // nothing is under way
-  explicit Pending(std::function<void()> wait) : wait_(std::move(wait)) {}
-  Pending(Pending&& other) noexcept : wait_(std::exchange(other.wait_, nullptr)) {}
+  // `activity` outlives it and is told of the waiting.
+  Pending(std::function<void()> wait, RankActivity* activity) : wait_(std::move(wait)), activity_(activity) {}
+  Pending(Pending&& other) noexcept : wait_(std::exchange(other.wait_, nullptr)), activity_(other.activity_) {}
   Pending& operator=(Pending&& other) noexcept;
   ~Pending();
   // Throws what the collective has met. Once done, nothing happens.
@@ -27,6 +30,7 @@ class Pending {
 
  private:
   std::function<void()> wait_;
+  RankActivity* activity_ = nullptr;
 };
 
 // What ranks do together: five verbs. Every rank of the world calls them in the same order with
@@ -60,6 +64,8 @@ class Collectives {
   void AllGather(at::Tensor tensor) { BeginAllGather(std::move(tensor)).Wait(); }
 
   const Traffic& sent() const { return sent_; }
+  // Told by the verbs of what this rank does; others may ask from any thread.
+  RankActivity& activity() { return activity_; }
 
  protected:
   // What a ring sends of `tensor` from each rank to carry every slice to all others.
@@ -67,6 +73,7 @@ class Collectives {
     return static_cast<int64_t>(tensor.nbytes()) / world_size() * (world_size() - 1);
   }
   Traffic sent_;
+  RankActivity activity_;
 };
 
 // MPI on host memory; MPI_Init_thread with MPI_THREAD_SERIALIZED must have been called. A thread of its

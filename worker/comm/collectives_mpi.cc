@@ -88,7 +88,7 @@ class MpiCollectives final : public Collectives {
   Pending BeginAllReduce(at::Tensor tensor) override {
     if (world_size_ == 1) return {};
     sent_.all_reduce += 2 * ShareOfOthers(tensor);
-    return Begin([this, tensor, data = Data(tensor), kind = KindOf(tensor)] {
+    return Begin("all-reduce", tensor, [this, tensor, data = Data(tensor), kind = KindOf(tensor)] {
       const auto element_size = static_cast<int64_t>(tensor.element_size());
       for (int64_t begin = 0; begin < tensor.numel(); begin += kChunk) {
         const int count = static_cast<int>(std::min(kChunk, tensor.numel() - begin));
@@ -102,7 +102,7 @@ class MpiCollectives final : public Collectives {
     if (world_size_ == 1) return {};
     sent_.reduce_scatter += ShareOfOthers(tensor);
     const int count = Count(SliceNumel(tensor));
-    return Begin([this, tensor, count, data = Data(tensor), kind = KindOf(tensor)] {
+    return Begin("reduce-scatter", tensor, [this, tensor, count, data = Data(tensor), kind = KindOf(tensor)] {
       // In place the result lands in slice 0, wherever the rank's own slice is.
       Check(MPI_Reduce_scatter_block(MPI_IN_PLACE, data, count, kind.type, kind.sum, MPI_COMM_WORLD),
             "MPI_Reduce_scatter_block");
@@ -117,7 +117,7 @@ class MpiCollectives final : public Collectives {
     const int64_t bytes = SliceNumel(tensor) * static_cast<int64_t>(tensor.element_size());
     const bool in_words = bytes % 4 == 0;
     const int count = Count(in_words ? bytes / 4 : bytes);
-    return Begin([tensor, count, data = Data(tensor), type = in_words ? MPI_FLOAT : MPI_BYTE] {
+    return Begin("all-gather", tensor, [tensor, count, data = Data(tensor), type = in_words ? MPI_FLOAT : MPI_BYTE] {
       Check(MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, data, count, type, MPI_COMM_WORLD), "MPI_Allgather");
     });
   }
@@ -126,7 +126,7 @@ class MpiCollectives final : public Collectives {
     if (world_size_ == 1) return;
     const auto bytes = static_cast<int64_t>(tensor.nbytes());
     sent_.broadcast += rank_ == root ? bytes : 0;
-    Begin([data = Data(tensor), bytes, root] {
+    Begin("broadcast", tensor, [data = Data(tensor), bytes, root] {
       for (int64_t begin = 0; begin < bytes; begin += kChunk) {
         const int count = static_cast<int>(std::min(kChunk, bytes - begin));
         Check(MPI_Bcast(data + begin, count, MPI_BYTE, root, MPI_COMM_WORLD), "MPI_Bcast");
@@ -135,7 +135,7 @@ class MpiCollectives final : public Collectives {
   }
 
   void Barrier() override {
-    Begin([] { Check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier"); }).Wait();
+    Begin("barrier", at::Tensor(), [] { Check(MPI_Barrier(MPI_COMM_WORLD), "MPI_Barrier"); }).Wait();
   }
 
  private:
@@ -160,9 +160,10 @@ class MpiCollectives final : public Collectives {
     }
   }
 
-  Pending Begin(std::function<void()> work) {
+  Pending Begin(const char* verb, const at::Tensor& tensor, std::function<void()> work) {
+    activity_.Began(verb, tensor.defined() ? static_cast<int64_t>(tensor.nbytes()) : 0);
     auto done = std::make_shared<std::future<void>>(thread_.Add(std::move(work)));
-    return Pending([done] { done->get(); });
+    return Pending([done] { done->get(); }, &activity_);
   }
 
   static char* Data(const at::Tensor& tensor) {

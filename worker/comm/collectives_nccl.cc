@@ -159,7 +159,8 @@ class NcclCollectives final : public Collectives {
     if (tensor.numel() == 0) return {};
     const size_t bytes = tensor.nbytes();
     auto work = std::make_shared<UnderWay>();
-    work->name = c10::str(verb, " ", ++sequence_, " (", bytes, " bytes)");
+    activity_.Began(verb, static_cast<int64_t>(bytes));
+    work->name = c10::str(verb, " ", activity_.Now().collectives, " (", bytes, " bytes)");
     Memory memory{.tensor = tensor};
     if (!cuda::OnDevice(tensor)) {
       memory.pinned = cuda::PinnedEmpty(static_cast<int64_t>(bytes));
@@ -177,7 +178,7 @@ class NcclCollectives final : public Collectives {
     if (memory.staged()) cuda::CopyAsync(memory.pinned.data_ptr(), memory.data(), bytes, stream_);
     cuda::RecordEvent(work->done.get(), stream_);
     under_way_.push_back(work);
-    return Pending([this, work, memory = std::move(memory)] { Wait(*work, memory); });
+    return Pending([this, work, memory = std::move(memory)] { Wait(*work, memory); }, &activity_);
   }
 
   void Wait(const UnderWay& work, const Memory& memory) {
@@ -302,7 +303,6 @@ class NcclCollectives final : public Collectives {
   const int world_size_;
   const int device_;
   const cudaStream_t stream_;
-  int64_t sequence_ = 0;
 
   std::mutex mutex_;
   std::condition_variable wake_;

@@ -246,6 +246,7 @@ absl::Status ExportHf(const fs::path& final_dir, ShardedParams& params, const Mo
     for (size_t s = 0; s < bucket.slots.size() && comm.rank() == 0 && status.ok(); ++s) {
       status = weights->Append(SlotOf(bucket.weights, bucket.slots[s]));
     }
+    comm.activity().Moved();
     params.Release(i);
   }
   if (comm.rank() == 0) {

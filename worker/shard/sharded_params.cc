@@ -97,6 +97,7 @@ void ShardedParams::Allocate(Bucket& bucket, int rank) {
 }
 
 void ShardedParams::SetWeight(Bucket& bucket, const ParamSlot& slot, const at::Tensor& whole) {
+  comm_.activity().Moved();
   const at::Tensor flat = whole.flatten();
   // The master comes from the given precision, not from the rounded compute weight.
   CopyOverlap(flat, slot.offset, bucket.master, bucket.owned_begin);

@@ -74,9 +74,11 @@ class ThreadWorld {
     Pending Begin(std::function<void()> work) {
       queue_.push_back(std::move(work));
       ++begun_;
-      return Pending([this, until = begun_] {
-        if (until > done_) CarryOut(until - done_);
-      });
+      return Pending(
+          [this, until = begun_] {
+            if (until > done_) CarryOut(until - done_);
+          },
+          &activity_);
     }
     void CarryOut(size_t count) {
       for (size_t i = 0; i < count; ++i) {
