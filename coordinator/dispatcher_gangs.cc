@@ -186,6 +186,7 @@ void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, M
   if (message.has_heartbeat()) {
     TakeHeartbeat(*record, from, message.heartbeat(), now);
   }
+  if (message.has_step()) rank.health.last_moved = now.steady;
   if (message.has_step() && from.rank == 0) TakeReport(*record, message.step(), now);
   if (message.has_event()) TakeWorkerEvent(*record, from, message.event(), now);
 }

@@ -282,7 +282,7 @@ std::string Scheduler::Reason(const Waiting& waiting, int place, int64_t now_ms)
                         job.shape.slots());
   }
   if (NodesAreDown(job.shape)) {
-    return absl::StrCat(line, "; ", NeedOf(job.shape), ", and nodes that are large enough are down");
+    return absl::StrCat(line, "; ", NeedOf(job.shape), ", and nodes that are large enough are down or drained");
   }
   absl::StrAppend(&line, "; ", Room(job.shape));
   if (&waiting != head_) {

@@ -1,5 +1,6 @@
 #include "simpoctl/job_text.h"
 
+#include <algorithm>
 #include <map>
 
 #include "absl/strings/str_cat.h"
@@ -231,7 +232,10 @@ std::string JobTable(const std::vector<v1::Job>& jobs, const google::protobuf::T
 }
 
 std::string NodeTable(const std::vector<v1::NodeState>& nodes) {
-  std::vector<std::vector<std::string>> rows = {{"NODE", "STATE", "SLOTS", "TAKEN", "LABELS", "JOBS", "WHY"}};
+  std::vector<std::vector<std::string>> rows = {{"NODE", "STATE", "SLOTS", "TAKEN", "LABELS", "JOBS"}};
+  const bool any_drained =
+      std::any_of(nodes.begin(), nodes.end(), [](const v1::NodeState& node) { return !node.drain_reason().empty(); });
+  if (any_drained) rows[0].push_back("WHY");
   for (const v1::NodeState& node : nodes) {
     std::vector<std::string> labels;
     for (const auto& [key, value] : std::map<std::string, std::string>(node.labels().begin(), node.labels().end())) {
@@ -241,8 +245,8 @@ std::string NodeTable(const std::vector<v1::NodeState>& nodes) {
     for (const v1::JobSlots& job : node.jobs()) jobs.push_back(absl::StrCat(job.job_id(), " (", job.slots(), ")"));
     const std::string state = !node.drain_reason().empty() ? "drained" : node.up() ? "up" : "down";
     rows.push_back({node.name(), state, absl::StrCat(node.slots()), absl::StrCat(node.slots_taken()),
-                    labels.empty() ? "-" : absl::StrJoin(labels, ","), jobs.empty() ? "-" : absl::StrJoin(jobs, ", "),
-                    OneLine(node.drain_reason())});
+                    labels.empty() ? "-" : absl::StrJoin(labels, ","), jobs.empty() ? "-" : absl::StrJoin(jobs, ", ")});
+    if (any_drained) rows.back().push_back(OneLine(node.drain_reason()));
   }
   return FormatTable(rows);
 }

@@ -32,6 +32,7 @@ class DispatcherTest : public ::testing::Test {
     options_.slots_total = 4;
     options_.outputs_dir = dir_ / "outputs";
     options_.queue = queue_;
+    options_.restart.jitter = 0;
     dispatcher_.emplace(options_, *stores_.database, *stores_.jobs, *stores_.metrics, *views_);
     ASSERT_OK(dispatcher_->Load(now_));
   }
@@ -383,7 +384,7 @@ TEST_F(DispatcherTest, AFaultRestartsFromTheCheckpointUntilNoRestartIsLeft) {
   EXPECT_EQ(points[4].attempt(), 2);
   EXPECT_EQ(views_->FindById(id)->attempts[1].first_step(), 4);
 
-  launcher_.End(id, 2, 143);  // nobody had asked for it
+  launcher_.End(id, 2, 134);
   Pass(milliseconds(200));
   EXPECT_EQ(State(id), "RESTARTING");
   Pass(milliseconds(1100));
@@ -423,8 +424,13 @@ TEST_F(DispatcherTest, ALostGangIsSweptAndRestarted) {
 TEST_F(DispatcherTest, AGangThatCannotBeStartedIsAFault) {
   launcher_.FailStarts(absl::UnavailableError("disk full"));
   const std::string id = Start(JobYaml(1, "max_restarts: 0\n"));
-  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_EQ(State(id), "RESTARTING") << "no fault of the job";
   EXPECT_THAT(Job(id).reason(), HasSubstr("disk full"));
+  for (int i = 0; i < 25; ++i) Pass(seconds(80));
+  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_EQ(Job(id).attempt(), 21);
+  EXPECT_THAT(Job(id).reason(), HasSubstr("could not be started: disk full; the machine has failed it 21 times "
+                                          "(max_machine_faults is 20)"));
 }
 
 TEST_F(DispatcherTest, ASilentRankEndsTheAttempt) {
@@ -455,7 +461,7 @@ TEST_F(DispatcherTest, CancelAsksForACheckpointThenTerminatesThenKills) {
   EXPECT_EQ(launcher_.Count("terminate"), 0);
   for (int i = 0; i < 25; ++i) {
     Pass(seconds(5));
-    for (int rank : {0, 1}) Say(id, 1, rank, HeartbeatMessage("checkpoint"));
+    for (int rank : {0, 1}) Say(id, 1, rank, HeartbeatMessage("train"));
   }
   EXPECT_EQ(launcher_.Count("terminate"), 1);
   Pass(seconds(16));
@@ -465,6 +471,190 @@ TEST_F(DispatcherTest, CancelAsksForACheckpointThenTerminatesThenKills) {
   EXPECT_EQ(State(id), "CANCELLED");
   EXPECT_EQ(Job(id).restarts(), 0);
   EXPECT_EQ(Cancel(id).state(), v1::JOB_STATE_CANCELLED) << "harmless on a job that has ended";
+}
+
+TEST_F(DispatcherTest, AGangThatIsWritingItsLastCheckpointHasMoreTime) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  Say(id, 1, 0, StepMessage(1));
+  Cancel(id);
+  for (int i = 0; i < 60; ++i) {
+    Pass(seconds(25));
+    Say(id, 1, 0, HeartbeatMessage("checkpoint"));
+  }
+  EXPECT_EQ(launcher_.Count("terminate"), 0) << "after 1,500 s";
+  for (int i = 0; i < 13; ++i) {
+    Pass(seconds(25));
+    Say(id, 1, 0, HeartbeatMessage("checkpoint"));
+  }
+  EXPECT_EQ(launcher_.Count("terminate"), 1) << "checkpoint_timeout_s is over";
+}
+
+TEST_F(DispatcherTest, WhatTheMachineDoesIsNoRestartOfTheJob) {
+  const std::string id = Start(JobYaml(1, "max_restarts: 0\n"));
+  AttachAll(id, 1, 1);
+  launcher_.Lose(id, 1, "the machine was restarted");
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  EXPECT_EQ(Job(id).restarts(), 0);
+  EXPECT_EQ(Job(id).machine_faults(), 1);
+  EXPECT_THAT(ValueOf(stores_.jobs->LastEvents(1, 1))[0].message(),
+              HasSubstr("attempt 1 was lost to a fault of the machine: the machine was restarted"));
+  EXPECT_EQ(views_->FindById(id)->attempts[0].fault(), v1::FAULT_KIND_MACHINE);
+  StartCoordinator();
+  EXPECT_EQ(Job(id).machine_faults(), 1);
+  Pass(seconds(2));
+  launcher_.End(id, 2, 137);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "FAILED") << "this one is a fault of the job";
+  EXPECT_EQ(views_->FindById(id)->attempts[1].fault(), v1::FAULT_KIND_JOB);
+}
+
+TEST_F(DispatcherTest, AFaultThatComesBackAtTheSamePlaceIsGivenUp) {
+  const std::string id = Start(JobYaml(1, "max_restarts: 100\n"));
+  for (int attempt = 1; attempt <= 3; ++attempt) {
+    AttachAll(id, attempt, 1);
+    if (attempt == 1) {
+      Say(id, 1, 0, StepMessage(1));
+      Say(id, 1, 0, EventMessage("checkpoint", "checkpoint after step 1", 1));
+    }
+    launcher_.End(id, attempt, 139);
+    Pass(milliseconds(200));
+    if (attempt < 3) {
+      EXPECT_EQ(State(id), "RESTARTING");
+    }
+    Pass(seconds(10));
+    if (attempt == 1) StartCoordinator();
+  }
+  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_THAT(Job(id).reason(), HasSubstr("3 attempts in a row have ended after the checkpoint of step 1"));
+}
+
+TEST_F(DispatcherTest, ARankThatStandsStillIsNamedAndThenEnded) {
+  options_.liveness.step = seconds(100);
+  StartCoordinator();
+  const std::string id = Start(JobYaml(2));
+  AttachAll(id, 1, 2);
+  v1::AttachRequest stuck = HeartbeatMessage("train"), waiting = HeartbeatMessage("train");
+  stuck.mutable_heartbeat()->mutable_collective()->set_number(7);
+  waiting.mutable_heartbeat()->mutable_collective()->set_number(8);
+  waiting.mutable_heartbeat()->mutable_collective()->set_verb("all-gather");
+  for (int second = 0; second < 50; ++second) {
+    waiting.mutable_heartbeat()->mutable_collective()->set_waiting_seconds(second + 1);
+    Say(id, 1, 0, waiting);
+    Say(id, 1, 1, stuck);
+    Pass(seconds(1));
+  }
+  EXPECT_EQ(EventTypes(id).back(), "rank_stalled") << "within 60 s, and once";
+  EXPECT_EQ(views_->FindById(id)->ranks[0].last_collective(), "waiting for all-gather 8 (0 bytes) for 50 s");
+  EXPECT_EQ(launcher_.Count("terminate"), 0);
+  for (int second = 0; second < 60; ++second) {
+    Say(id, 1, 0, waiting);
+    Say(id, 1, 1, stuck);
+    Pass(seconds(1));
+  }
+  EXPECT_EQ(EventTypes(id).back(), "rank_lost");
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_THAT(views_->FindById(id)->attempts[0].reason(), HasSubstr("rank 1 has not got on for 101 s"));
+  EXPECT_EQ(views_->FindById(id)->attempts[0].fault(), v1::FAULT_KIND_JOB);
+}
+
+TEST_F(DispatcherTest, APreparationThatNeverEndsIsEnded) {
+  options_.liveness.prepare = seconds(100);
+  StartCoordinator();
+  const std::string id = Start(JobYaml(1));
+  launcher_.SetPhase(id, 1, GangStatus::Phase::kPreparing);
+  for (int i = 0; i < 10; ++i) Pass(seconds(10));
+  EXPECT_EQ(launcher_.Count("terminate"), 0);
+  Pass(seconds(11));
+  Pass(seconds(1));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_THAT(Job(id).reason(), HasSubstr("were not prepared within 100 s"));
+}
+
+TEST_F(DispatcherTest, ACheckpointOnRequest) {
+  const std::string id = Start(JobYaml(1));
+  const auto ask = [&] {
+    absl::StatusOr<v1::CheckpointJobResponse> result = absl::UnknownError("not answered");
+    dispatcher_->Checkpoint(id, now_, [&](auto answer) { result = std::move(answer); });
+    Flush();
+    return result;
+  };
+  EXPECT_EQ(ask().status().code(), absl::StatusCode::kFailedPrecondition) << "it does not train yet";
+  const auto channels = AttachAll(id, 1, 1);
+  EXPECT_EQ(ValueOf(ask()).job().id(), id);
+  EXPECT_EQ(channels[0]->sent().back().command().kind(), v1::COMMAND_KIND_CHECKPOINT);
+  EXPECT_EQ(EventTypes(id).back(), "checkpoint_asked");
+  Say(id, 1, 0, StepMessage(1));
+  Cancel(id);
+  EXPECT_EQ(ask().status().code(), absl::StatusCode::kFailedPrecondition) << "it is about to leave";
+}
+
+TEST_F(DispatcherTest, WhatIsKeptOfAttemptsGoesWithTheJobsEnd) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  launcher_.End(id, 1, 137);
+  Pass(milliseconds(200));
+  Pass(seconds(2));
+  EXPECT_EQ(launcher_.Count("forget"), 0) << "it goes on";
+  launcher_.End(id, 2, 0);
+  Pass(milliseconds(200));
+  EXPECT_EQ(launcher_.Count("forget"), 1);
+}
+
+class DrainTest : public DispatcherTest {
+ protected:
+  absl::StatusOr<v1::NodeState> SetDrained(const std::string& node, const std::string& reason, bool keep = false) {
+    absl::StatusOr<v1::NodeState> result = absl::UnknownError("not answered");
+    dispatcher_->SetDrained(node, reason, keep, now_, [&](auto answer) { result = std::move(answer); });
+    Flush();
+    return result;
+  }
+};
+
+TEST_F(DrainTest, GangsLeaveWithACheckpointAndComeBack) {
+  const std::string id = Start(JobYaml(1));
+  const auto channels = AttachAll(id, 1, 1);
+  Say(id, 1, 0, StepMessage(1));
+  const v1::NodeState node = ValueOf(SetDrained("local", "new disks"));
+  EXPECT_FALSE(node.up());
+  EXPECT_EQ(node.drain_reason(), "new disks");
+  EXPECT_EQ(node.jobs_size(), 1);
+  EXPECT_EQ(State(id), "PREEMPTING");
+  EXPECT_TRUE(channels[0]->WasToldToStop());
+  Say(id, 1, 0, EventMessage("checkpoint", "checkpoint after step 1", 1));
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "QUEUED");
+  EXPECT_EQ(Job(id).restarts() + Job(id).machine_faults(), 0) << "nobody's fault";
+  const std::string other = Start(JobYaml(1));
+  Pass(seconds(100));
+  EXPECT_EQ(State(other), "QUEUED");
+  EXPECT_THAT(Job(other).reason(), HasSubstr("down or drained"));
+
+  StartCoordinator();
+  Pass(seconds(1));
+  EXPECT_EQ(State(id), "QUEUED") << "it stays drained";
+  EXPECT_TRUE(ValueOf(SetDrained("local", "")).up());
+  EXPECT_EQ(State(id), "LAUNCHING");
+  EXPECT_TRUE(launcher_.started().back().resume_latest || launcher_.started().size() == 3);
+  StartCoordinator();
+  EXPECT_TRUE(ValueOf(dispatcher_->ListNodes({})).nodes(0).up());
+}
+
+TEST_F(DrainTest, ThoseThatRunMayGoOn) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  EXPECT_FALSE(ValueOf(SetDrained("local", "soon", /*keep=*/true)).up());
+  EXPECT_EQ(State(id), "RUNNING");
+  const std::string other = Start(JobYaml(1));
+  Pass(seconds(1));
+  EXPECT_EQ(State(other), "QUEUED");
+  EXPECT_EQ(SetDrained("nowhere", "x").status().code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(DispatcherTest, CancelWithNothingToKeepTerminatesAtOnce) {

@@ -39,7 +39,13 @@ std::shared_ptr<JobView> RunningJob() {
   (*progress.mutable_metrics())["rewards/margins"] = -1.0 / 3;
   (*progress.mutable_eval_metrics())["eval_rewards/margins"] = 2.5;
   view->step_seconds.Add(0.3);
-  view->last_heard_ms = {3000, 1000, 2000};
+  for (int rank = 0; rank < 3; ++rank) {
+    v1::RankState& state = view->ranks.emplace_back();
+    state.set_rank(rank);
+    *state.mutable_heard_time() = ToTimestamp(std::array{3000, 1000, 2000}[rank]);
+    state.set_busy_seconds(std::array{0.5, 0.75, 0.25}[rank]);
+    state.set_memory_peak_bytes(1024 * (rank + 1));
+  }
   return view;
 }
 
@@ -57,6 +63,10 @@ TEST(ExpositionTest, ValuesOfAJob) {
            "simpo_job_state{job=\"job1\",state=\"RUNNING\"} 1\n",
            "simpo_job_state{job=\"job1\",state=\"QUEUED\"} 0\n",
            "name=\"a \\\"quoted\\\"\\nname\"",
+           "simpo_job_rank_step_seconds{job=\"job1\",stat=\"min\"} 0.25\n",
+           "simpo_job_rank_step_seconds{job=\"job1\",stat=\"max\"} 0.75\n",
+           "simpo_job_slowest_rank{job=\"job1\"} 1\n",
+           "simpo_job_memory_peak_bytes{job=\"job1\",stat=\"median\"} 2048\n",
            "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"0.25\"} 0\n",
            "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"0.5\"} 1\n",
            "simpo_job_step_duration_seconds_bucket{job=\"job1\",le=\"+Inf\"} 1\n",
@@ -113,12 +123,17 @@ TEST(ExpositionTest, AnEndedJobLeavesAfterAWhile) {
 
 TEST(ExpositionTest, RestartsByHowTheyEnded) {
   const auto view = RunningJob();
-  view->job.set_restarts(2);
-  view->attempts.resize(3);
+  view->job.set_attempt(4);
+  view->attempts.resize(4);
+  for (int i = 0; i < 4; ++i) view->attempts[i].set_number(i + 1);
+  view->attempts[0].set_fault(v1::FAULT_KIND_JOB);
   view->attempts[0].set_exit_code(137);
+  view->attempts[1].set_fault(v1::FAULT_KIND_MACHINE);
+  view->attempts[2].set_preempted(true);
   const std::string text = Text({.jobs = {view}});
   EXPECT_THAT(text, HasSubstr("simpo_job_restarts_total{job=\"job1\",reason=\"exit_137\"} 1\n"));
   EXPECT_THAT(text, HasSubstr("simpo_job_restarts_total{job=\"job1\",reason=\"lost\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("simpo_job_preemptions_total{job=\"job1\"} 1\n"));
 }
 
 TEST(ExpositionTest, AJobWithoutAStepHasNoStepValues) {

@@ -81,15 +81,6 @@ TEST(JobStateTest, NoEndOfAGangIsLost) {
   }
 }
 
-TEST(JobStateTest, MeaningOfExitCodes) {
-  EXPECT_EQ(TriggerOfExit(0, false), JobTrigger::kAttemptSucceeded);
-  for (int code : {2, 3}) EXPECT_EQ(TriggerOfExit(code, true), JobTrigger::kAttemptRefused);
-  for (int code : {1, 75, 127, 137, 139, 143}) {
-    EXPECT_EQ(TriggerOfExit(code, true), JobTrigger::kAttemptFaulted) << code;
-    EXPECT_EQ(TriggerOfExit(code, false), JobTrigger::kRestartsExhausted) << code;
-  }
-}
-
 TEST(JobStateTest, TheDocsShowTheTable) {
   std::ifstream file(SIMPO_SOURCE_DIR "/docs/architecture.md");
   const std::string docs(std::istreambuf_iterator<char>(file), {});

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 #include "coordinator/file_lock.h"
 #include "coordinator/subprocess.h"
@@ -177,6 +178,31 @@ TEST_F(LauncherTest, ASupervisorThatIsKilledIsLostAndItsGangSwept) {
   EXPECT_TRUE(Eventually([&] { return Processes().empty(); }));
 }
 
+TEST_F(LauncherTest, AfterAJobNothingOfItsAttemptsIsLeft) {
+  Launcher("exit 0", "exit 0");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kEnded));
+  EXPECT_TRUE(std::filesystem::exists(Files().dir));
+  launcher_->Forget(job_id_);
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "attempts" / job_id_));
+  EXPECT_TRUE(std::filesystem::exists(dir_ / "out" / "logs")) << "the user's";
+  launcher_->Forget(job_id_);
+}
+
+TEST_F(LauncherTest, WhatIsLeftOfUnknownJobsIsEndedAndRemoved) {
+  Launcher("exit 0", "exec sleep 1000");
+  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_TRUE(Reaches(Phase::kTraining));
+  ASSERT_TRUE(Eventually([&] { return Processes().size() >= 1; }));
+  WriteText(dir_ / "attempts" / "old" / "1" / "exit.json", "{}");
+  launcher_->Sweep([&](const std::string& id) { return id == job_id_; });
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "attempts" / "old"));
+  EXPECT_EQ(Poll().phase, Phase::kTraining) << "this one is known";
+  launcher_->Sweep([](const std::string&) { return false; });
+  EXPECT_TRUE(Eventually([&] { return Processes().empty(); }));
+  EXPECT_FALSE(std::filesystem::exists(dir_ / "attempts" / job_id_));
+}
+
 TEST_F(LauncherTest, ARestartedMachineIsToldFromACrash) {
   Launcher("", "");
   std::filesystem::create_directories(Files().dir);
@@ -206,6 +232,22 @@ TEST(FileLockTest, OneHolderAndAnybodyMayAsk) {
   }
   EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
   EXPECT_EQ(FileLock::Acquire(dir / "no" / "lock").status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(SubprocessTest, ASignalReachesTheProcessThatWasMeantOrNone) {
+  const pid_t pid = ValueOf(SpawnInNewGroup({"sleep", "1000"}, {{"SIMPO_TEST", "signal"}}));
+  ProcessIdentity identity = *IdentifyProcess(pid);
+  ProcessIdentity earlier = identity;
+  --earlier.start_time;
+  EXPECT_FALSE(SignalProcess(earlier, SIGKILL)) << "one that had the same number before";
+  EXPECT_TRUE(IsAlive(identity));
+  SignalProcessesWithEnvironment("SIMPO_TEST", "another", SIGKILL);
+  EXPECT_TRUE(IsAlive(identity));
+  EXPECT_TRUE(SignalProcess(identity, SIGKILL));
+  int status = 0;
+  EXPECT_EQ(waitpid(pid, &status, 0), pid);
+  EXPECT_EQ(ExitCodeOfWaitStatus(status), 137);
+  EXPECT_FALSE(SignalProcess(identity, SIGKILL));
 }
 
 TEST(SubprocessTest, IdentityAndExitCodes) {

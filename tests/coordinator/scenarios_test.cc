@@ -213,7 +213,8 @@ class DispatcherWorld final : public World {
     all.queue = options;
     all.outputs_dir = dir_ / "outputs";
     all.liveness.attach = all.liveness.heartbeat = std::chrono::hours(100);
-    all.first_pause = std::chrono::milliseconds(kPauseMs);
+    all.restart.first_pause = std::chrono::milliseconds(kPauseMs);
+    all.restart.jitter = 0;
     dispatcher_.emplace(all, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
     EXPECT_TRUE(dispatcher_->Load(Now()).ok());
     dispatcher_->Adopt(launcher_, Now());
@@ -269,7 +270,10 @@ class DispatcherWorld final : public World {
     for (const auto& [other, id] : ids_) reason = absl::StrReplaceAll(reason, {{id, other}});
     return reason;
   }
-  int Restarts(const std::string& name) override { return views_.FindById(ids_.at(name))->job.restarts(); }
+  int Restarts(const std::string& name) override {
+    const v1::Job& job = views_.FindById(ids_.at(name))->job;
+    return job.restarts() + job.machine_faults();
+  }
 
  private:
   Moment Now() const { return {.steady = SteadyTime(std::chrono::milliseconds(now_ms_)), .unix_ms = now_ms_}; }

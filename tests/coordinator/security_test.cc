@@ -395,6 +395,7 @@ TEST_F(SecurityTest, AnAttemptsSecretIsOnNoCommandLineAndInNoLog) {
   ServerOptions options = TlsOptions();
   options.worker = dir_ / "worker";
   options.mpirun = dir_ / "mpirun";
+  options.restart_pause_s = options.restart_pause_max_s = 1000;  // until then its files stay
   const std::string token = NewTokenOf(Role::kSubmit, "sam");
   const auto server = Start(options);
   const auto stub = v1::TrainingService::NewStub(Channel(server->grpc_address(), &authority_));
@@ -402,7 +403,7 @@ TEST_F(SecurityTest, AnAttemptsSecretIsOnNoCommandLineAndInNoLog) {
   {
     grpc::ClientContext context;
     context.AddMetadata("authorization", "Bearer " + token);
-    const grpc::Status status = stub->SubmitJob(&context, SubmitRequest(JobYaml(1, "max_restarts: 0\n")), &submitted);
+    const grpc::Status status = stub->SubmitJob(&context, SubmitRequest(JobYaml(1)), &submitted);
     ASSERT_TRUE(status.ok()) << status.error_message();
   }
   EXPECT_EQ(submitted.job().user(), "sam") << "the request says alice";
@@ -413,7 +414,7 @@ TEST_F(SecurityTest, AnAttemptsSecretIsOnNoCommandLineAndInNoLog) {
     v1::GetJobRequest request;
     request.set_job_id(submitted.job().id());
     EXPECT_TRUE(stub->GetJob(&context, request, &got).ok());
-    return got.job().state() == v1::JOB_STATE_FAILED;
+    return got.job().state() == v1::JOB_STATE_RESTARTING;
   }));
   const fs::path secret_file = dir_ / "data/attempts" / submitted.job().id() / "1/secret";
   const std::string secret = ReadText(secret_file).substr(0, 64);

@@ -39,7 +39,7 @@ class ServicesTest : public ::testing::Test {
     Dispatcher::Options options;
     options.slots_total = 4;
     options.outputs_dir = dir_ / "outputs";
-    options.first_pause = std::chrono::milliseconds(10);
+    options.restart.first_pause = std::chrono::milliseconds(10);
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
     controller_.emplace(*dispatcher_, [this](const absl::Status&) { ++failures_; });
     views_.SetListener([this] { pump_.Wake(); });

@@ -307,6 +307,16 @@ TEST_F(StoresTest, AJobIsDeletedWithAllThatIsItsOwn) {
   EXPECT_TRUE(ValueOf(stores_.jobs->LastEvents(1, 10)).empty());
 }
 
+TEST_F(StoresTest, DrainedNodes) {
+  ASSERT_OK(stores_.jobs->PutDrained("a", "disks"));
+  ASSERT_OK(stores_.jobs->PutDrained("b", "fans"));
+  ASSERT_OK(stores_.jobs->PutDrained("a", "new disks"));
+  ASSERT_OK(stores_.jobs->PutDrained("b", ""));
+  ASSERT_OK(stores_.database->Commit());
+  Reopen();
+  EXPECT_EQ(ValueOf(stores_.jobs->LoadDrained()), (std::map<std::string, std::string>{{"a", "new disks"}}));
+}
+
 // The tables as simpo-coordinator made them while points lay beside jobs.
 constexpr char kSchema1[] = R"(
 CREATE TABLE jobs (sequence INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, request_id TEXT NOT NULL UNIQUE,
@@ -355,6 +365,7 @@ class OldSchemaTest : public ::testing::Test {
     stores.metrics->Add(1, Report("train", 6, 1, 6));
     EXPECT_EQ(stores.metrics->last_sequence(), 6);
     EXPECT_FALSE(stores.database->reader().Prepare("SELECT * FROM points").ok());
+    EXPECT_TRUE(ValueOf(stores.jobs->LoadDrained()).empty());
   }
   TempDir dir_;
 };

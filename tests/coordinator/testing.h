@@ -129,6 +129,12 @@ class FakeLauncher final : public Launcher {
     return absl::OkStatus();
   }
 
+  void Forget(const std::string& job_id) override { Note("forget", job_id, 0); }
+
+  void SetPhase(const std::string& job_id, int attempt, GangStatus::Phase phase) {
+    const std::lock_guard lock(mutex_);
+    gangs_[Name(job_id, attempt)].phase = phase;
+  }
   void End(const std::string& job_id, int attempt, int exit_code) {
     const std::lock_guard lock(mutex_);
     GangStatus& status = gangs_[Name(job_id, attempt)];
@@ -230,8 +236,11 @@ inline v1::AttachRequest EventMessage(const std::string& type, const std::string
   return request;
 }
 
+// Of a rank that has got on since the last one.
 inline v1::AttachRequest HeartbeatMessage(const std::string& phase) {
+  static int64_t moves = 0;
   v1::AttachRequest request;
+  request.mutable_heartbeat()->set_moves(++moves);
   request.mutable_heartbeat()->set_phase(phase);
   request.mutable_heartbeat()->set_steps_planned(100);
   return request;

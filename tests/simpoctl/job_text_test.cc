@@ -59,8 +59,14 @@ TEST(JobText, Nodes) {
             "NODE  STATE  SLOTS  TAKEN  LABELS   JOBS\n"
             "box   up     8      3      rack=r1  ab12cd (3)\n"
             "lost  down   8      0      -        -\n");
-  EXPECT_EQ(NodesToJson({node}).dump(), R"([{"name":"box","up":true,"slots":8,"slots_taken":3,"labels":{"rack":"r1"},)"
-                                        R"("jobs":[{"job_id":"ab12cd","slots":3}]}])");
+  lost.set_drain_reason("new disks");
+  EXPECT_EQ(NodeTable({node, lost}),
+            "NODE  STATE    SLOTS  TAKEN  LABELS   JOBS        WHY\n"
+            "box   up       8      3      rack=r1  ab12cd (3)\n"
+            "lost  drained  8      0      -        -           new disks\n");
+  EXPECT_EQ(NodesToJson({node}).dump(),
+            R"([{"name":"box","up":true,"drain_reason":"","slots":8,"slots_taken":3,"labels":{"rack":"r1"},)"
+            R"("jobs":[{"job_id":"ab12cd","slots":3}]}])");
 }
 
 TEST(JobText, DescribeTellsAll) {

@@ -86,11 +86,27 @@ TEST(Program, DryRunTellsEveryMistakeWithItsLine) {
 }
 
 TEST(Program, BadUsage) {
-  for (const char* arguments :
-       {"", "frobnicate", "submit", "get", "submit /no/such/file.yaml", "list --limit 0", "logs x --rank -2",
-        "metrics x -o xml", "submit a.yaml --wait --follow", "--address nonsense list", "list --state sleeping",
-        "completion fish", "help nothing", "wait x --timeout -1", "priority x", "priority x high", "priority x 1000001",
-        "nodes -o xml"}) {
+  for (const char* arguments : {"",
+                                "frobnicate",
+                                "submit",
+                                "get",
+                                "submit /no/such/file.yaml",
+                                "list --limit 0",
+                                "logs x --rank -2",
+                                "metrics x -o xml",
+                                "submit a.yaml --wait --follow",
+                                "--address nonsense list",
+                                "list --state sleeping",
+                                "completion fish",
+                                "help nothing",
+                                "wait x --timeout -1",
+                                "priority x",
+                                "priority x high",
+                                "priority x 1000001",
+                                "nodes -o xml",
+                                "drain",
+                                "undrain",
+                                "checkpoint"}) {
     const Outcome outcome = Simpoctl(arguments);
     EXPECT_EQ(outcome.code, 2) << arguments << "\n" << outcome.err;
     EXPECT_THAT(outcome.err, StartsWith("simpoctl: ")) << arguments;
@@ -99,8 +115,9 @@ TEST(Program, BadUsage) {
 }
 
 TEST(Program, NoCoordinatorIsOneLine) {
-  for (const char* arguments : {"list", "get x", "describe x", "watch x", "wait x", "logs x", "logs x -f", "metrics x",
-                                "cancel x", "priority x -5", "nodes"}) {
+  for (const char* arguments :
+       {"list", "get x", "describe x", "watch x", "wait x", "logs x", "logs x -f", "metrics x", "cancel x",
+        "priority x -5", "nodes", "checkpoint x", "checkpoint x --wait", "drain n", "undrain n"}) {
     const Outcome outcome = Simpoctl(arguments);
     EXPECT_EQ(outcome.code, 1) << arguments;
     EXPECT_THAT(outcome.err, MatchesRegex("simpoctl: cannot reach the coordinator at 127.0.0.1:1 [^\n]*"

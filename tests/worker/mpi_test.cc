@@ -5,7 +5,11 @@
 #include <gtest/gtest.h>
 #include <mpi.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <thread>
 
 #include "tests/worker/golden.h"
 #include "tests/worker/io/test_files.h"
@@ -63,6 +67,36 @@ TEST_F(Mpi, BroadcastComesFromItsRoot) {
     at::Tensor tensor = at::full({77}, rank_, at::kLong);
     comm_->Broadcast(tensor, root);
     EXPECT_TRUE(at::equal(tensor, at::full({77}, root, at::kLong)));
+  }
+}
+
+TEST_F(Mpi, WhatARankIsInCanBeSeenFromOutside) {
+  RankActivity& activity = comm_->activity();
+  comm_->Barrier();
+  const RankActivity::State before = activity.Now();
+  EXPECT_STREQ(before.verb, "barrier");
+  EXPECT_EQ(before.waiting_s, 0);
+  at::Tensor tensor = at::zeros({1000 * size_}, at::kFloat);
+  if (rank_ == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));  // the others wait for it
+  std::atomic<bool> done = false;
+  double longest_wait = 0;
+  std::thread watcher([&] {
+    for (; !done; std::this_thread::sleep_for(std::chrono::milliseconds(5))) {
+      longest_wait = std::max(longest_wait, activity.Now().waiting_s);
+    }
+  });
+  comm_->AllReduce(tensor);
+  done = true;
+  watcher.join();
+  const RankActivity::State after = activity.Now();
+  EXPECT_EQ(after.collectives, before.collectives + 1);
+  EXPECT_STREQ(after.verb, "all-reduce");
+  EXPECT_EQ(after.bytes, 4000 * size_);
+  EXPECT_GT(after.moves, before.moves);
+  EXPECT_EQ(after.waiting_s, 0);
+  if (rank_ == 1) {
+    EXPECT_GT(longest_wait, 0.1);
+    EXPECT_GT(after.waited_s - before.waited_s, 0.1);
   }
 }
 
