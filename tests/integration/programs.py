@@ -1,5 +1,6 @@
 """Starts the programs as a user would, waits with deadlines, and ends by process id what is left."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -54,6 +55,33 @@ def is_running(pid):
         return False
 
 
+class HungThread:
+    """The main thread of a process, held while its other threads go on; runs again at the end of the scope."""
+
+    SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+    def _ptrace(self, request):
+        if self.libc.ptrace(request, self.pid, None, None) != 0:
+            raise OSError(ctypes.get_errno(), f"ptrace {request:#x} of {self.pid}")
+
+    def __enter__(self):
+        self._ptrace(self.SEIZE)
+        self._ptrace(self.INTERRUPT)
+        os.waitpid(self.pid, 0x40000000)  # __WALL
+        return self
+
+    def __exit__(self, *_):
+        try:
+            self._ptrace(self.DETACH)
+        except OSError:
+            pass  # it has been killed
+
+
 def catches(pid, number):
     """Whether the process has a handler for the signal."""
     try:
@@ -104,9 +132,11 @@ def supervisor_pids(folder):
 
 def scratch_folders(folder):
     """Where attempts of this coordinator keep shared memory and sockets, as far as it is there."""
-    attempts = [path for path in (pathlib.Path(folder) / "attempts").glob("*/*") if path.is_dir()]
-    names = [f"simpo-{path.parent.name}-{path.name}" for path in attempts]
-    return [path for base in ("/dev/shm", "/tmp") for name in names if (path := pathlib.Path(base, name)).exists()]
+    return scratch_folders_of([path.name for path in (pathlib.Path(folder) / "attempts").glob("*")])
+
+
+def scratch_folders_of(jobs):
+    return [path for base in ("/dev/shm", "/tmp") for job in jobs for path in pathlib.Path(base).glob(f"simpo-{job}-*")]
 
 
 def kill_all(pids):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -60,9 +61,10 @@ def test_a_killed_process_costs_the_steps_since_the_checkpoint(workspace, coordi
     coordinator.wait_step(job_id, 7)
     os.kill(victim_pid(coordinator, victim), signal.SIGKILL)
     job = coordinator.wait_state(job_id, "SUCCEEDED")
-    assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
+    fault = "machine" if victim == "supervisor" else "job"  # of a supervisor nothing is left that could tell
+    assert (job["attempt"], job["restarts"] + job["machine_faults"]) == (2, 1), coordinator.story(job_id)
     first, second = job["attempts"]
-    assert first["reason"] and first["exit_code"] != 0
+    assert first["reason"] and first["exit_code"] != 0 and (first["fault"], second["fault"]) == (fault, "")
     assert second["exit_code"] == 0 and second["first_step"] >= 4, "it did not go on from the last checkpoint"
     assert_undisturbed(coordinator, workspace, job_id, "job")
     assert {point["attempt"] for point in coordinator.metrics(job_id)} == {1, 2}
@@ -128,6 +130,68 @@ def test_restarts_are_limited(workspace, coordinators):
     assert job["attempt"] == 2 and "restart" in job["reason"], job["reason"]
     assert coordinator.ctl("wait", job_id).code == 100
     assert_nothing_runs(coordinator)
+
+
+def test_a_rank_that_hangs_while_it_says_that_it_lives_is_named_and_replaced(workspace, coordinators,
+                                                                             assert_undisturbed):
+    coordinator = coordinators.start(**{"step-timeout-s": 5})
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 7)
+    with programs.HungThread(programs.rank_pids(coordinator.data_dir)[1]):
+        before = coordinator.get(job_id)
+        # It is not silent, so that only its phase and its collectives can tell.
+        job = coordinator.wait_for(job_id, "the end of the attempt", lambda job: job["attempts"][0]["end_time"])
+    reason = job["attempts"][0]["reason"]
+    expected = (r"rank 1 \([^)]*\) has not got on for \d+ s \(limit 5 s\): it is in \w+ after step \d+, not waiting "
+                r"since [a-z-]+ \d+ \(\d+ bytes\); rank 0 \([^)]*\) waits for it in [a-z-]+ \d+ \(\d+ bytes\)")
+    assert re.fullmatch(expected, reason), reason
+    assert [rank["rank"] for rank in before["ranks"]] == [0, 1]
+    assert all(rank["connected"] and rank["pid"] and rank["hostname"] for rank in before["ranks"]), before["ranks"]
+    job = coordinator.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
+    assert_undisturbed(coordinator, workspace, job_id, "job")
+    assert_nothing_runs(coordinator)
+
+
+def test_a_checkpoint_on_request(workspace, coordinators, assert_undisturbed):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None))
+    coordinator.wait_step(job_id, 3)
+    said = coordinator.ctl("checkpoint", job_id, "--wait").expect(0).stdout
+    step = int(re.search(r"has a checkpoint of step (\d+)", said)[1])
+    assert step >= 3
+    os.kill(programs.rank_pids(coordinator.data_dir)[1], signal.SIGKILL)
+    job = coordinator.wait_state(job_id, "SUCCEEDED")
+    assert job["attempts"][1]["first_step"] == step, coordinator.story(job_id)
+    assert_undisturbed(coordinator, workspace, job_id, "job")
+    refused = coordinator.ctl("checkpoint", job_id)
+    assert refused.code == 1 and "is SUCCEEDED" in refused.stderr, refused
+
+
+def test_a_drained_node_is_left_with_a_checkpoint(workspace, coordinators, assert_undisturbed):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 7)
+    node = json.loads(coordinator.ctl("nodes", "-o", "json").expect(0).stdout)[0]["name"]
+    said = coordinator.ctl("drain", node, "--reason", "new disks").expect(0)
+    assert said.stdout == f"Node {node} gets no new gang; 1 job on it\n", said
+    job = coordinator.wait_state(job_id, "QUEUED")
+    assert "down or drained" in job["reason"] and "is drained: new disks" in job["attempts"][0]["reason"], job
+    assert not programs.attempt_pids(coordinator.data_dir)
+    assert re.search(r"drained .* new disks", coordinator.ctl("nodes").expect(0).stdout)
+    coordinator.kill()
+    successor = coordinators.start()
+    assert successor.get(job_id)["state"] == "QUEUED"
+    successor.ctl("undrain", node).expect(0)
+    job = successor.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"], job["machine_faults"]) == (2, 0, 0), successor.story(job_id)
+    assert job["attempts"][1]["first_step"] == job["attempts"][0]["last_step"]
+    assert_undisturbed(successor, workspace, job_id, "job")
+    missing = successor.ctl("drain", "nowhere")
+    assert missing.code == 102 and "simpoctl nodes" in missing.stderr, missing
 
 
 def steps_written(workspace, name):

@@ -15,13 +15,16 @@ SUCCEEDED, FAILED, NOT_FINISHED, NOT_FOUND, CANCELLED = 0, 100, 101, 102, 103
 
 
 def assert_nothing_runs(coordinator):
-    """No process of any job, and nothing of it in shared memory."""
+    """No process of any job, nothing of it in shared memory, and nothing that is only of use while it runs."""
     data_dir = coordinator.data_dir
-    assert list((data_dir / "attempts").glob("*/*")), "attempts are kept elsewhere: this check sees nothing"
+    jobs = coordinator.ctl("list", "-o", "name").expect(0).stdout.split()
+    assert jobs
     programs.wait_for("the end of every process of the job",
                       lambda: not programs.attempt_pids(data_dir) and not programs.supervisor_pids(data_dir))
-    programs.wait_for("the end of shared memory", lambda: not programs.scratch_folders(data_dir),
-                      on_timeout=lambda: str(programs.scratch_folders(data_dir)))
+    programs.wait_for("the end of shared memory", lambda: not programs.scratch_folders_of(jobs),
+                      on_timeout=lambda: str(programs.scratch_folders_of(jobs)))
+    assert (data_dir / "attempts").is_dir(), "attempts are kept elsewhere: this check sees nothing"
+    programs.wait_for("the removal of its files", lambda: not list((data_dir / "attempts").iterdir()))
 
 
 def assert_metrics_are_the_file(coordinator, workspace, job_id, name):
