@@ -99,6 +99,12 @@ void Controller::Submit(Submission submission, std::string request_id, Dispatche
                    .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
+void Controller::Check(v1::Job job, std::string output_dir, std::function<void(absl::Status)> done) {
+  Post(of_users_, {.apply = [this, job = std::move(job), output_dir = std::move(output_dir),
+                             done](Moment) { done(dispatcher_.Check(job, output_dir)); },
+                   .refuse = done});
+}
+
 void Controller::Cancel(std::string job_id, Dispatcher::CancelDone done) {
   Post(of_users_,
        {.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Cancel(job_id, now, done); },

@@ -33,6 +33,7 @@ class Controller {
 
   // `done` is called by the controller's thread once the answer is durable.
   void Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done);
+  void Check(v1::Job job, std::string output_dir, std::function<void(absl::Status)> done);
   void Cancel(std::string job_id, Dispatcher::CancelDone done);
   void SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done);
   void Checkpoint(std::string job_id, Dispatcher::CheckpointDone done);

@@ -16,9 +16,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "common/atomic_file.h"
 #include "common/status_macros.h"
 #include "coordinator/database.h"
 #include "coordinator/sqlite.h"
+#include "coordinator/tokens.h"
 
 namespace simpo {
 namespace {
@@ -100,6 +102,14 @@ absl::Status CopyDatabases(const fs::path& dir, const fs::path& target) {
   return SyncToDisk(target);
 }
 
+// Their hashes; without them a restored coordinator would let anybody in, or nobody.
+absl::Status CopyTokens(const fs::path& dir, const fs::path& target) {
+  const absl::StatusOr<std::string> tokens = ReadFile(dir / kTokensFile, /*max_bytes=*/1 << 26);
+  if (absl::IsNotFound(tokens.status())) return absl::OkStatus();
+  if (!tokens.ok()) return tokens.status();
+  return WriteFileAtomically(target / kTokensFile, *tokens, 0600);
+}
+
 }  // namespace
 
 std::string NetworkFileSystem(int64_t magic, const std::string& mount_type) {
@@ -147,6 +157,7 @@ absl::Status BackUpDataDir(const fs::path& dir, const fs::path& target) {
         absl::StrCat("cannot make a folder in ", parent.string(), ": ", error.message(), "; see --to"));
   }
   absl::Status status = CopyDatabases(dir, partial);
+  if (status.ok()) status = CopyTokens(dir, partial);
   if (status.ok()) {
     fs::rename(partial, target, error);  // an empty folder is replaced
     status = error ? absl::UnavailableError(absl::StrCat("cannot make ", target.string(), ": ", error.message()))

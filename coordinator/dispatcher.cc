@@ -288,6 +288,19 @@ std::optional<std::string> Dispatcher::OutputDirInUse(const std::string& output_
   return found->second->job.id();
 }
 
+absl::Status Dispatcher::Check(const v1::Job& job, const std::string& output_dir) {
+  std::vector<FieldViolation> violations;
+  if (const std::optional<std::string> other = OutputDirInUse(output_dir)) {
+    violations.push_back({"output_dir", 0,
+                          absl::StrCat("'", output_dir, "' is being written by job ", *other,
+                                       "; wait for it, cancel it, or name another folder")});
+  }
+  if (const std::string never = queue_.NeverStarts(ShapeOf(job), OwnerOf(job)); !never.empty()) {
+    violations.push_back({"resources", 0, absl::StrCat("the job can never start here: ", never)});
+  }
+  return violations.empty() ? absl::OkStatus() : BadRequestError(violations, "job");
+}
+
 void Dispatcher::Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done) {
   if (const auto earlier = by_request_id_.find(request_id); !request_id.empty() && earlier != by_request_id_.end()) {
     JobRecord& record = *earlier->second;
@@ -317,16 +330,8 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
     output_dir = options_.outputs_dir / absl::StrCat(FileNameOf(submission.job.name()), "-", *id);
   }
   output_dir = output_dir.lexically_normal();
-  if (const std::optional<std::string> other = OutputDirInUse(output_dir.string())) {
-    return done(BadRequestError({{"output_dir", 0,
-                                  absl::StrCat("'", output_dir.string(), "' is being written by job ", *other,
-                                               "; wait for it, cancel it, or name another folder")}},
-                                "job"));
-  }
   config.output_dir = output_dir.string();
-  if (const std::string never = queue_.NeverStarts(ShapeOf(stored.job), OwnerOf(stored.job)); !never.empty()) {
-    return done(BadRequestError({{"resources", 0, absl::StrCat("the job can never start here: ", never)}}, "job"));
-  }
+  if (absl::Status status = Check(stored.job, config.output_dir); !status.ok()) return done(std::move(status));
   v1::Job& job = stored.job;
   job.set_id(*id);
   job.set_request_id(request_id.empty() ? *id : request_id);

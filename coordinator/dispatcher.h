@@ -84,6 +84,9 @@ class Dispatcher {
   // --- what users ask. `done` is called by Flush, or at once with an error.
   // The same request_id again gives the same job; with another digest it is ALREADY_EXISTS.
   void Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done);
+  // What only this coordinator, as it stands now, has against a job; see also CheckSubmission. `output_dir`: empty
+  // where it is to be chosen here.
+  absl::Status Check(const v1::Job& job, const std::string& output_dir);
   void Cancel(const std::string& job_id, Moment now, CancelDone done);
   void SetPriority(const std::string& job_id, int priority, Moment now, PriorityDone done);
   // Asks the ranks for a checkpoint; an event tells when it is complete.

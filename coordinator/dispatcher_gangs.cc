@@ -416,9 +416,11 @@ void Dispatcher::LookAtRanks(JobRecord& record, Moment now) {
   if (auto fault = FindHungRank(now.steady, gang.started, ranks, options_.liveness)) {
     return EndForFault(record, *std::move(fault), now);
   }
-  const std::optional<std::string> stalled = FindStalledRank(now.steady, ranks, options_.liveness);
-  if (stalled && !gang.stall_told) AddEvent(record, "rank_stalled", *stalled, now.unix_ms);
-  gang.stall_told = stalled.has_value();
+  if (const std::optional<std::string> stalled = FindStalledRank(now.steady, ranks, options_.liveness)) {
+    // Once for a step, so that micro-batches that take as long each time are not told of each time.
+    const int64_t step = gang.ranks[0].health.heartbeat.step();
+    if (std::exchange(gang.stall_told, step) != step) AddEvent(record, "rank_stalled", *stalled, now.unix_ms);
+  }
   if (const std::optional<Straggler> straggler = FindStraggler(ranks)) {
     if (gang.stragglers.insert(straggler->rank).second) AddEvent(record, "straggler", straggler->text, now.unix_ms);
   }

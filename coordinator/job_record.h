@@ -51,7 +51,7 @@ struct Gang {
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
   SteadyTime phase_since{};           // when the launcher said so first
   std::optional<SteadyTime> started;  // when mpirun ran, or when this coordinator found it
-  bool stall_told = false;            // users have been told of a rank that does not get on; until it does
+  int64_t stall_told = -1;            // the step after which users were told of a rank that does not get on
   std::set<int> stragglers;           // that users have been told of
   int64_t last_step = 0;              // of the train split, handed to the store for this attempt; 0: none
   int64_t last_eval_step = -1;        // -1: none

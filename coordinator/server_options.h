@@ -11,6 +11,7 @@
 #include "coordinator/cluster.h"
 #include "coordinator/restart_policy.h"
 #include "coordinator/tls.h"
+#include "coordinator/tokens.h"
 
 namespace CLI {
 class App;
@@ -56,7 +57,7 @@ struct ServerOptions {
   std::map<int, ExitMeaning> exit_codes;                 // as in RestartPolicy
   TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca}; }
   // Where `simpo-coordinator token` keeps the tokens.
-  std::filesystem::path TokenFile() const { return std::filesystem::path(data_dir) / "tokens.json"; }
+  std::filesystem::path TokenFile() const { return std::filesystem::path(data_dir) / kTokensFile; }
 
   // No flag: the simpo-coordinator program, which is also each attempt's supervisor. Empty: this one.
   std::string program;

@@ -16,6 +16,8 @@
 
 namespace simpo {
 
+inline constexpr char kTokensFile[] = "tokens.json";  // in the data directory
+
 // What a user may do; each may all that the one before may.
 enum class Role {
   kRead = 1,    // see jobs, logs and metrics

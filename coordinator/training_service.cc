@@ -203,7 +203,10 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
     *response->mutable_job() = submission.job;
     response->mutable_job()->set_config_yaml(JobConfigToYaml(submission.config));
     response->mutable_notes()->Add(submission.notes.begin(), submission.notes.end());
-    return call.Finish(absl::OkStatus());
+    const std::filesystem::path output_dir = submission.config.output_dir;
+    parts_.controller.Check(submission.job, output_dir.is_absolute() ? output_dir.lexically_normal().string() : "",
+                            [call](const absl::Status& status) { call.Finish(status); });
+    return call.reactor();
   }
   call.LimitTime();
   parts_.controller.Submit(std::move(submission), request->request_id(),
@@ -265,7 +268,7 @@ grpc::ServerUnaryReactor* TrainingService::CheckpointJob(grpc::CallbackServerCon
 grpc::ServerUnaryReactor* TrainingService::DrainNode(grpc::CallbackServerContext* context,
                                                      const v1::DrainNodeRequest* request,
                                                      v1::DrainNodeResponse* response) {
-  const UnaryCall call(context, parts_, "DrainNode");
+  const UnaryCall call(context, parts_, "DrainNode", request->node());
   if (!call.admitted()) return call.Refuse();
   if (request->reason().size() > kMaxReasonBytes) {
     return call.Finish(BadFieldsError(
@@ -273,27 +276,27 @@ grpc::ServerUnaryReactor* TrainingService::DrainNode(grpc::CallbackServerContext
   }
   call.LimitTime();
   const std::string who = call.caller().user.empty() ? "" : absl::StrCat(" by ", call.caller().user);
-  parts_.controller.SetDrained(request->node(),
-                               request->reason().empty() ? absl::StrCat("drained", who) : request->reason(),
-                               request->keep_running(), [call, response](absl::StatusOr<v1::NodeState> node) {
-                                 if (!call.Claim()) return;
-                                 if (node.ok()) response->mutable_node()->Swap(&*node);
-                                 call.Finish(node.status());
-                               });
+  parts_.controller.SetDrained(
+      request->node(), request->reason().empty() ? absl::StrCat("drained", who) : request->reason(),
+      request->keep_running(), [call, response, name = request->node()](absl::StatusOr<v1::NodeState> node) {
+        if (!call.Claim()) return;
+        if (node.ok()) response->mutable_node()->Swap(&*node);
+        call.Finish(node.status(), name);
+      });
   return call.reactor();
 }
 
 grpc::ServerUnaryReactor* TrainingService::UndrainNode(grpc::CallbackServerContext* context,
                                                        const v1::UndrainNodeRequest* request,
                                                        v1::UndrainNodeResponse* response) {
-  const UnaryCall call(context, parts_, "UndrainNode");
+  const UnaryCall call(context, parts_, "UndrainNode", request->node());
   if (!call.admitted()) return call.Refuse();
   call.LimitTime();
   parts_.controller.SetDrained(request->node(), /*reason=*/"", /*keep_running=*/true,
-                               [call, response](absl::StatusOr<v1::NodeState> node) {
+                               [call, response, name = request->node()](absl::StatusOr<v1::NodeState> node) {
                                  if (!call.Claim()) return;
                                  if (node.ok()) response->mutable_node()->Swap(&*node);
-                                 call.Finish(node.status());
+                                 call.Finish(node.status(), name);
                                });
   return call.reactor();
 }

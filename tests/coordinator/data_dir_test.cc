@@ -6,6 +6,7 @@
 #include <atomic>
 #include <thread>
 
+#include "coordinator/tokens.h"
 #include "testing.h"
 
 namespace simpo {
@@ -89,6 +90,15 @@ TEST_F(BackupTest, WhileOthersWriteTheTwoCopiesFitTogether) {
   }
   stop = true;
   writer.join();
+}
+
+TEST_F(BackupTest, TokensAreCopiedForTheOwnerAlone) {
+  AddJob(1);
+  WriteText(dir_ / "data" / kTokensFile, "hashes");
+  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "copy"));
+  EXPECT_EQ(ReadText(dir_ / "copy" / kTokensFile), "hashes");
+  EXPECT_EQ(std::filesystem::status(dir_ / "copy" / kTokensFile).permissions(),
+            std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
 }
 
 TEST_F(BackupTest, NothingIsOverwrittenAndAFailureLeavesNothing) {

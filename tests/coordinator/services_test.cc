@@ -40,6 +40,7 @@ class ServicesTest : public ::testing::Test {
     options.slots_total = 4;
     options.outputs_dir = dir_ / "outputs";
     options.restart.first_pause = std::chrono::milliseconds(10);
+    options.queue.label_quotas = {{"team=small", 1}};
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
     controller_.emplace(*dispatcher_, [this](const absl::Status&) { ++failures_; });
     views_.SetListener([this] { pump_.Wake(); });
@@ -342,6 +343,20 @@ TEST_F(ServicesTest, ValidateOnlyStoresNothing) {
   EXPECT_THAT(response.job().config_yaml(), HasSubstr("beta: 2"));
   EXPECT_FALSE(response.notes().empty());
   EXPECT_TRUE(views_.All().empty());
+}
+
+TEST_F(ServicesTest, ValidateOnlyKnowsTheQuotasAndTheJobsThatRun) {
+  const std::string folder = absl::StrCat("output_dir: ", (dir_ / "mine").string(), "\n");
+  v1::SubmitJobResponse response;
+  ASSERT_TRUE(Submit(SubmitRequest(JobYaml(1, folder)), &response).ok());
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml(2, folder + "labels: {team: small}\n"));
+  for (const bool validate_only : {true, false}) {
+    request.set_validate_only(validate_only);
+    const grpc::Status status = Submit(request, &response);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_THAT(status.error_message(), HasSubstr("is being written by job"));
+    EXPECT_THAT(status.error_message(), HasSubstr("team=small")) << "all at once";
+  }
 }
 
 TEST_F(ServicesTest, ManyClientsWithOneRequestIdMakeOneJob) {
