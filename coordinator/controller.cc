@@ -32,6 +32,7 @@ void Controller::Stop() {
 }
 
 void Controller::Post(std::deque<Event>& queue, Event event) {
+  event.arrived = std::chrono::steady_clock::now();
   {
     const std::lock_guard lock(mutex_);
     if (!closed_) {
@@ -56,32 +57,35 @@ void Controller::RefuseAll(const absl::Status& status) {
 }
 
 void Controller::Run() {
-  SteadyTime next_tick = Moment::Now().steady;
+  SteadyTime next_tick = last_tick_ = Moment::Now().steady;
   while (true) {
     std::deque<Event> events;
-    bool stop = false;
+    bool stop = false, tick = false;
     {
       std::unique_lock lock(mutex_);
       posted_.wait_until(lock, next_tick, [&] { return stop_ || woken_ || !of_users_.empty() || !of_ranks_.empty(); });
       events.swap(of_users_);
       woken_ = false;
       stop = stop_;
-      const size_t count = stop ? of_ranks_.size() : std::min(of_ranks_.size(), kRankEventsOfAGroup);
+      const SteadyTime now = Moment::Now().steady;
+      tick = now >= next_tick && !stop;
+      if (tick) next_tick = now + kTick;
+      const size_t count = stop || tick ? of_ranks_.size() : std::min(of_ranks_.size(), kRankEventsOfAGroup);
       const auto end = of_ranks_.begin() + static_cast<std::ptrdiff_t>(count);
       std::move(of_ranks_.begin(), end, std::back_inserter(events));
       of_ranks_.erase(of_ranks_.begin(), end);
     }
-    const SteadyTime now = Moment::Now().steady;
-    const bool tick = now >= next_tick && !stop;
-    if (tick) next_tick = now + kTick;
     if (!Work(std::move(events), tick, /*last=*/stop) || stop) return;
   }
 }
 
 bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
   const Moment now = Moment::Now();
-  for (const Event& event : events) event.apply(now);
-  if (tick) dispatcher_.Tick(now);
+  for (const Event& event : events) event.apply({.steady = event.arrived, .unix_ms = now.unix_ms});
+  if (tick) {
+    dispatcher_.ExcuseSilence(now, now.steady - std::exchange(last_tick_, now.steady));
+    dispatcher_.Tick(now);
+  }
   const absl::Status status = last ? dispatcher_.FlushAll(now) : dispatcher_.Flush(now);
   {
     const std::lock_guard lock(mutex_);

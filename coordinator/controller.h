@@ -17,7 +17,8 @@ namespace simpo {
 
 // The Dispatcher's thread, and the queues through which all others reach it. What waits is taken as one group
 // and committed at once: all that users ask, and a bounded part of what ranks say, so that no flood of reports
-// holds up a submit. Thread-safe; no function waits for the disk.
+// holds up a submit. What ranks say counts as heard when it came, however long it waited here, and before ranks are
+// judged at a tick all that came is taken. Thread-safe; no function waits for the disk.
 class Controller {
  public:
   // `on_failure` is called once, by the controller's thread, when the stores cannot be written any more;
@@ -54,6 +55,7 @@ class Controller {
   struct Event {
     std::function<void(Moment)> apply;
     std::function<void(const absl::Status&)> refuse;
+    SteadyTime arrived{};
   };
   void Post(std::deque<Event>& queue, Event event);
   void Run();
@@ -71,6 +73,7 @@ class Controller {
   bool stop_ = false;           // guarded by mutex_
   bool closed_ = false;         // guarded by mutex_; nothing is taken any more
   Dispatcher::Stats stats_;     // guarded by mutex_
+  SteadyTime last_tick_{};      // of thread_
   std::thread thread_;
 };
 

@@ -105,6 +105,10 @@ class Dispatcher {
   // The stream is at its end; it is closed once all that came by it is on disk.
   void Leave(const RankId& rank, std::shared_ptr<RankChannel> channel);
 
+  // Before a Tick that comes so long after the one before: in a long pause the process was stopped or the disk held
+  // it up, and what ranks said may not have been read yet. Such time is nobody's silence, and neither is time in which
+  // no more points are read since too many wait to be stored.
+  void ExcuseSilence(Moment now, std::chrono::steady_clock::duration since_tick);
   // Looks after gangs, limits of time and the queue; a few times a second.
   void Tick(Moment now);
   // An error means that it is unknown what is on disk: stop, and let a new coordinator begin from there.

@@ -21,6 +21,7 @@ constexpr size_t kMaxHostnameBytes = 255;
 constexpr size_t kMaxEventMessageBytes = 4096;
 constexpr size_t kMaxEventsOfAnAttempt = 10'000;
 constexpr size_t kMaxValuesOfAPoint = 256;
+constexpr int kTicksOfALimit = 4;     // a pause between ticks of that part of a rank's limit is none of its silence
 constexpr double kLatestStepWeight = 0.1;  // in the mean duration of a step
 
 double ValueOr(const v1::MetricPoint& point, const char* name, double fallback) {
@@ -349,6 +350,16 @@ void Dispatcher::Terminate(JobRecord& record, Moment now) {
   if (gang.termination_heard) return;
   launcher_->Terminate(record.job.id(), record.job.attempt());
   gang.termination_heard = gang.phase != GangStatus::Phase::kStarting;
+}
+
+void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration since_tick) {
+  if (since_tick < options_.liveness.heartbeat / kTicksOfALimit && !metrics_.IsBehind()) return;
+  for (const auto& [sequence, record] : live_) {
+    if (!record->gang) continue;
+    Gang& gang = *record->gang;
+    if (gang.started) gang.started = std::min(now.steady, *gang.started + since_tick);
+    for (Rank& rank : gang.ranks) rank.health.last_heard = std::min(now.steady, rank.health.last_heard + since_tick);
+  }
 }
 
 void Dispatcher::Tick(Moment now) {

@@ -86,14 +86,16 @@ bool IsThisMachine(const std::string& address) {
   return loopback || host == "localhost" || host == "[::1]";
 }
 
-bool MayPass(grpc::StatusCode code) {
-  return code == grpc::StatusCode::UNAVAILABLE || code == grpc::StatusCode::DEADLINE_EXCEEDED;
+// No connection came about, so nothing was asked.
+bool NeverConnected(const grpc::Status& status) {
+  return status.error_message().starts_with("failed to connect") ||
+         status.error_message().starts_with("DNS resolution failed");
 }
 
 // gRPC wraps the system's words ("Connection refused") in its own.
 std::string ShortCause(const std::string& message) {
   const size_t colon = message.rfind(": ");
-  const bool wrapped = message.starts_with("failed to connect") || message.starts_with("DNS resolution failed");
+  const bool wrapped = NeverConnected(grpc::Status(grpc::StatusCode::UNAVAILABLE, message));
   return OneLine(wrapped && colon != std::string::npos ? message.substr(colon + 2) : message);
 }
 
@@ -110,12 +112,16 @@ std::string TlsHint(const std::string& message) {
   return says("Socket closed") ? ". If it has TLS, name its authority with --ca (SIMPO_CA)" : "";
 }
 
-// One call, asked up to `tries` times while the coordinator does not answer.
+// One call, asked again while the connection breaks: none of them does harm when it comes twice. `unknown` is of a
+// call that changes something, and says what to do when nobody can tell whether it has: such a call is worth more
+// patience than one that only looks.
 template <typename Request, typename Response>
 absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* stub,
                               grpc::Status (v1::TrainingService::Stub::*method)(grpc::ClientContext*, const Request&,
                                                                                 Response*),
-                              const Request& request, int tries) {
+                              const Request& request, const std::string& unknown = "") {
+  const bool changes = !unknown.empty();
+  bool asked = false;  // it may have reached the coordinator
   milliseconds pause{200};
   for (int attempt = 1;; ++attempt) {
     grpc::ClientContext context;
@@ -123,9 +129,18 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
     Response response;
     const grpc::Status status = (stub->*method)(&context, request, &response);
     if (status.ok()) return response;
-    if (attempt == tries || !MayPass(status.error_code())) return client.ToStatus(status);
-    std::this_thread::sleep_for(pause);
-    pause *= 2;
+    const bool lost = status.error_code() == grpc::StatusCode::UNAVAILABLE;
+    const bool late = status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED;
+    asked |= (lost && !NeverConnected(status)) || late;
+    const bool again = lost ? changes || asked : late && changes;
+    if (attempt < kTries && again) {
+      std::this_thread::sleep_for(pause);
+      pause *= 2;
+      continue;
+    }
+    const absl::Status error = client.ToStatus(status);
+    if (!changes || !asked || !(lost || late)) return error;
+    return absl::Status(error.code(), absl::StrCat(error.message(), ". ", unknown));
   }
 }
 
@@ -205,15 +220,24 @@ absl::Status Client::ToStatus(const grpc::Status& status) const {
 }
 
 absl::StatusOr<v1::SubmitJobResponse> Client::Submit(const v1::SubmitJobRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::SubmitJob, request, request.validate_only() ? 1 : kTries);
+  const auto method = &v1::TrainingService::Stub::SubmitJob;
+  if (request.validate_only()) return Call(*this, stub_.get(), method, request);
+  return Call(*this, stub_.get(), method, request,
+              absl::StrCat("It is not known whether the job was taken: submit it again in the same way with "
+                           "--request-id ",
+                           OneLine(request.request_id()), ", which gives that job or makes it"));
 }
 
 absl::StatusOr<v1::CancelJobResponse> Client::Cancel(const v1::CancelJobRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::CancelJob, request, kTries);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::CancelJob, request,
+              absl::StrCat("It is not known whether job ", OneLine(request.job_id()),
+                           " was asked to end: cancel it again, that does no harm"));
 }
 
 absl::StatusOr<v1::SetPriorityResponse> Client::SetPriority(const v1::SetPriorityRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::SetPriority, request, kTries);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::SetPriority, request,
+              absl::StrCat("It is not known whether job ", OneLine(request.job_id()),
+                           " has its new priority: set it again, that does no harm"));
 }
 
 absl::StatusOr<v1::CheckpointJobResponse> Client::Checkpoint(const v1::CheckpointJobRequest& request) {
@@ -229,25 +253,25 @@ absl::StatusOr<v1::UndrainNodeResponse> Client::Undrain(const v1::UndrainNodeReq
 }
 
 absl::StatusOr<v1::ListNodesResponse> Client::ListNodes(const v1::ListNodesRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListNodes, request, 1);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListNodes, request);
 }
 
 absl::StatusOr<v1::GetJobResponse> Client::GetJob(const std::string& job) {
   v1::GetJobRequest request;
   request.set_job_id(job);
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::GetJob, request, 1);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::GetJob, request);
 }
 
 absl::StatusOr<v1::ListJobsResponse> Client::ListJobs(const v1::ListJobsRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListJobs, request, 1);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListJobs, request);
 }
 
 absl::StatusOr<v1::ListMetricsResponse> Client::ListMetrics(const v1::ListMetricsRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListMetrics, request, 1);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::ListMetrics, request);
 }
 
 absl::StatusOr<v1::GetServerInfoResponse> Client::ServerInfo() {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::GetServerInfo, v1::GetServerInfoRequest(), 1);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::GetServerInfo, v1::GetServerInfoRequest());
 }
 
 std::chrono::system_clock::time_point Reconnect::StreamDeadline() const {
@@ -265,7 +289,7 @@ absl::Status Reconnect::Next(const grpc::Status& ended) {
   if (interrupt_.Requested()) return absl::CancelledError("detached");
   switch (ended.error_code()) {
     case grpc::StatusCode::DEADLINE_EXCEEDED:
-      if (ever_alive_ && !lost_) return absl::OkStatus();  // the stream's own time; opened again at once
+      if (!lost_) return absl::OkStatus();  // the stream's own time; opened again at once
       break;
     case grpc::StatusCode::OK:         // a coordinator that shuts down in order
     case grpc::StatusCode::CANCELLED:  // the same, out of patience
@@ -276,7 +300,8 @@ absl::Status Reconnect::Next(const grpc::Status& ended) {
       return client_.ToStatus(ended);
   }
   const auto now = Clock::now();
-  if (!ever_alive_ && !ended.ok()) return client_.ToStatus(ended);
+  const bool was_there = ever_alive_ || (ended.error_code() == grpc::StatusCode::UNAVAILABLE && !NeverConnected(ended));
+  if (!was_there && !ended.ok()) return client_.ToStatus(ended);
   if (!lost_) {
     lost_ = true;
     lost_since_ = now;

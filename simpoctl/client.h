@@ -26,8 +26,9 @@ absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag);
 // cannot be read, or a token would travel to another machine in the clear.
 absl::StatusOr<std::string> TokenFor(const std::string& address, const std::string& file_flag, bool tls, bool insecure);
 
-// The coordinator as the commands see it. Every call has a deadline; an error's message says what to
-// do about it. Connects at the first call.
+// The coordinator as the commands see it. Every call has a deadline, and is asked again when the connection breaks
+// while it is under way; an error's message says what to do about it, and of a change whether it may have been made.
+// Connects at the first call.
 class Client {
  public:
   // How to show who calls, and to know who answers.
@@ -42,7 +43,7 @@ class Client {
   const std::string& address() const { return address_; }
   const std::string& command() const { return command_; }
 
-  // Asked again with the same request_id when the connection breaks, so that it never doubles.
+  // Always with the same request_id, so that it never doubles.
   absl::StatusOr<v1::SubmitJobResponse> Submit(const v1::SubmitJobRequest& request);
   absl::StatusOr<v1::CancelJobResponse> Cancel(const v1::CancelJobRequest& request);
   absl::StatusOr<v1::SetPriorityResponse> SetPriority(const v1::SetPriorityRequest& request);

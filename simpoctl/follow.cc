@@ -16,6 +16,8 @@ namespace {
 
 using SystemClock = std::chrono::system_clock;
 
+constexpr int kBrokenEnds = 3;
+
 class Follower {
  public:
   Follower(Client& client, const FollowOptions& options)
@@ -23,19 +25,22 @@ class Follower {
         options_(options),
         display_([] { return LookOf(STDERR_FILENO); }, PrintErr),
         reconnect_(client, interrupt_, [this](std::string_view text) { display_.Say(text); }) {
-    if (options.timeout) give_up_at_ = SystemClock::now() + *options.timeout;
+    if (options.timeout) give_up_at_ = Reconnect::Clock::now() + *options.timeout;
   }
 
   absl::StatusOr<int> Run(v1::Job job) {
     job_ = std::move(job);
-    while (!ended_) {
+    while (true) {
       const grpc::Status status = ReadStream();
-      if (ended_) break;
-      if (give_up_at_ && SystemClock::now() >= *give_up_at_) return TimedOut();
+      // How it ended is known; for what a broken stream has not shown of it, there are a few tries.
+      if (ended_ && (status.ok() || options_.quiet || ++broken_ends_ > kBrokenEnds)) break;
+      if (give_up_at_ && Reconnect::Clock::now() >= *give_up_at_) return TimedOut();
       const absl::Status next = reconnect_.Next(status);
       if (interrupt_.Requested()) return Detached();
-      if (!next.ok()) display_.Finish();
-      SIMPO_RETURN_IF_ERROR(next);
+      if (next.ok()) continue;
+      if (ended_) break;
+      display_.Finish();
+      return next;
     }
     display_.Finish();
     PrintOut(EndSummary(job_, client_.command(), LookOf(STDOUT_FILENO)));
@@ -46,7 +51,10 @@ class Follower {
   grpc::Status ReadStream() {
     grpc::ClientContext context;
     auto deadline = reconnect_.StreamDeadline();
-    if (give_up_at_) deadline = std::min(deadline, *give_up_at_);
+    if (give_up_at_) {
+      const auto left = std::chrono::ceil<SystemClock::duration>(*give_up_at_ - Reconnect::Clock::now());
+      deadline = std::min(deadline, SystemClock::now() + left);
+    }
     context.set_deadline(deadline);
     const Interrupt::Scope scope(interrupt_, context);
     v1::WatchJobRequest request;
@@ -85,10 +93,11 @@ class Follower {
   Interrupt interrupt_;
   JobDisplay display_;
   Reconnect reconnect_;
-  std::optional<SystemClock::time_point> give_up_at_;
+  std::optional<Reconnect::Clock::time_point> give_up_at_;
   v1::Job job_;
   int64_t last_sequence_ = 0;
   bool ended_ = false;
+  int broken_ends_ = 0;
 };
 
 }  // namespace

@@ -34,7 +34,7 @@ struct MetricsOptions {
   std::string output = "csv";
 };
 
-// Copies the log to standard output, over restarts of the coordinator when it follows.
+// Copies the log to standard output, over restarts of the coordinator.
 class LogReader {
  public:
   LogReader(Client& client, const LogsOptions& options)
@@ -46,7 +46,6 @@ class LogReader {
       SIMPO_RETURN_IF_ERROR(FlushOut());
       if (interrupt_.Requested()) break;
       if (status.ok() && (!options_.follow || JobHasEnded())) return kExitOk;
-      if (!options_.follow) return client_.ToStatus(status);
       const absl::Status next = reconnect_.Next(status);
       if (interrupt_.Requested()) break;
       SIMPO_RETURN_IF_ERROR(next);

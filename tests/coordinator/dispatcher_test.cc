@@ -451,6 +451,30 @@ TEST_F(DispatcherTest, ASilentRankEndsTheAttempt) {
   EXPECT_THAT(views_->FindById(id)->attempts[0].reason(), HasSubstr("rank 1 has been silent"));
 }
 
+TEST_F(DispatcherTest, TimeInWhichTheCoordinatorDidNotListenIsNobodysSilence) {
+  options_.liveness.heartbeat = seconds(20);
+  StartCoordinator();
+  const std::string id = Start(JobYaml(2));
+  AttachAll(id, 1, 2);
+  const auto stall = [&](seconds time) {
+    now_.steady += time;
+    now_.unix_ms += std::chrono::milliseconds(time).count();
+    dispatcher_->ExcuseSilence(now_, time);
+    dispatcher_->Tick(now_);
+    Flush();
+  };
+  for (int i = 0; i < 3; ++i) stall(seconds(100));
+  EXPECT_EQ(State(id), "RUNNING");
+  EXPECT_EQ(launcher_.Count("terminate"), 0);
+  // Its real silence goes on from where it was. Pauses that hide nothing count.
+  for (int i = 0; i < 9; ++i) stall(seconds(2));
+  Say(id, 1, 0, HeartbeatMessage("train"));
+  EXPECT_EQ(launcher_.Count("terminate"), 0);
+  for (int i = 0; i < 2; ++i) stall(seconds(2));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  EXPECT_THAT(stores_.jobs->LastEvents(1, 10)->back().message(), HasSubstr("rank 1 has been silent for 22 s"));
+}
+
 TEST_F(DispatcherTest, CancelAsksForACheckpointThenTerminatesThenKills) {
   const std::string id = Start(JobYaml(2));
   const auto channels = AttachAll(id, 1, 2);

@@ -37,9 +37,11 @@ class Coordinator:
         self.log = data_dir.parent / f"{data_dir.name}-coordinator-{number}.log"
         environment = dict(os.environ, SIMPO_CACHE_DIR=str(data_dir.parent / "cache"))
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            env=environment)
+            self.process = self.start_process(log, environment)
         self.grpc = self.http = None
+
+    def start_process(self, log, environment):
+        return subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def ready(self):
         """Waits for the line that tells the addresses."""
