@@ -358,7 +358,10 @@ void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration s
     if (!record->gang) continue;
     Gang& gang = *record->gang;
     if (gang.started) gang.started = std::min(now.steady, *gang.started + since_tick);
-    for (Rank& rank : gang.ranks) rank.health.last_heard = std::min(now.steady, rank.health.last_heard + since_tick);
+    for (Rank& rank : gang.ranks) {
+      rank.health.last_heard = std::min(now.steady, rank.health.last_heard + since_tick);
+      rank.health.last_moved = std::min(now.steady, rank.health.last_moved + since_tick);
+    }
   }
 }
 

@@ -241,15 +241,21 @@ absl::StatusOr<v1::SetPriorityResponse> Client::SetPriority(const v1::SetPriorit
 }
 
 absl::StatusOr<v1::CheckpointJobResponse> Client::Checkpoint(const v1::CheckpointJobRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::CheckpointJob, request, kTries);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::CheckpointJob, request,
+              absl::StrCat("It is not known whether job ", OneLine(request.job_id()),
+                           " was asked for a checkpoint: ask again, that does no harm"));
 }
 
 absl::StatusOr<v1::DrainNodeResponse> Client::Drain(const v1::DrainNodeRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::DrainNode, request, kTries);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::DrainNode, request,
+              absl::StrCat("It is not known whether node ", OneLine(request.node()),
+                           " is drained: drain it again, that does no harm"));
 }
 
 absl::StatusOr<v1::UndrainNodeResponse> Client::Undrain(const v1::UndrainNodeRequest& request) {
-  return Call(*this, stub_.get(), &v1::TrainingService::Stub::UndrainNode, request, kTries);
+  return Call(*this, stub_.get(), &v1::TrainingService::Stub::UndrainNode, request,
+              absl::StrCat("It is not known whether node ", OneLine(request.node()),
+                           " is in use again: ask again, that does no harm"));
 }
 
 absl::StatusOr<v1::ListNodesResponse> Client::ListNodes(const v1::ListNodesRequest& request) {
