@@ -6,9 +6,11 @@
 #include <grpcpp/grpcpp.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -48,6 +50,10 @@ class CoordinatorProcess {
     pid_ = fork();
     if (pid_ == 0) {
       prctl(PR_SET_PDEATHSIG, SIGKILL);
+      rlimit files = {};  // as most shells give it, whatever this program has
+      getrlimit(RLIMIT_NOFILE, &files);
+      files.rlim_cur = std::min<rlim_t>(1'024, files.rlim_max);
+      setrlimit(RLIMIT_NOFILE, &files);
       dup2(ends[1], STDOUT_FILENO);
       dup2(log_file, STDERR_FILENO);
       execv(argv[0], argv.data());
