@@ -95,6 +95,13 @@ v1::RankState RankStateOf(int number, const Rank& rank) {
   return state;
 }
 
+// Whether no run has left anything there that a worker would keep, write over or resume from.
+bool IsUnused(const fs::path& output_dir) {
+  std::error_code error;  // one that cannot be looked at may hold anything
+  return !fs::exists(output_dir / "metrics.jsonl", error) && !error && !fs::exists(output_dir / "final", error) &&
+         !error && !fs::exists(output_dir / "checkpoints", error) && !error;
+}
+
 JobConfig ConfigOf(const v1::Job& job, const std::string& yaml) {
   ParsedJob parsed = ParseJobYaml(yaml, {.file_name = "job.yaml", .base_dir = job.output_dir()});
   if (!parsed.violations.empty()) {
@@ -577,6 +584,9 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
     slots.set_slots(share.slots);
   }
   Write(jobs_.PutAttempt(record.sequence, attempt));
+  // Ranks may train and be lost before they have ever reported. If nothing lay in the folder, what is found there
+  // later is this job's all the same: a phase says so (see Launch).
+  if (job.attempt() == 1 && IsUnused(job.output_dir())) job.mutable_progress()->set_phase("prepare");
   record.gang.emplace();
   record.gang->ranks.resize(job.ranks());
   record.worker_events.clear();
@@ -597,7 +607,8 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
     record.gang->error = FormatViolations(violations, "job.yaml");
     return EndAttempt(record, {.exit_code = kBadJob}, "", now);
   }
-  // An earlier attempt whose ranks had begun has claimed the folder; what lies there is this job's.
+  // With a phase, what lies in the folder is this job's: it was unused, or an earlier attempt whose ranks had begun has
+  // claimed it.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
   absl::Status status = launcher_->Start({.job_id = job.id(),
                                           .attempt = job.attempt(),

@@ -473,14 +473,22 @@ std::string Dispatcher::DescribeEnd(const JobRecord& record, std::optional<int> 
 // Points that the ranks could not send any more, as when the gang ended while no coordinator was there.
 void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
-  if (!AnyAttached(gang) || gang.ranks[0].health.finished) return;
+  // Without a phase the files may be another run's; see Launch.
+  if (record.job.progress().phase().empty() || gang.ranks[0].health.finished) return;
   const fs::path output_dir = record.job.output_dir();
   const int attempt = record.job.attempt();
-  const int64_t after = std::max(gang.last_step, record.attempts.back().first_step());
+  int64_t after = std::max(gang.last_step, record.attempts.back().first_step());
+  int64_t after_eval = std::max(gang.last_eval_step, record.attempts.back().first_step() - 1);
+  if (!AnyAttached(gang)) {
+    // Nobody has said where this attempt began: what earlier ones have stored is not stored again as its own.
+    for (const auto& [split, last] : {std::pair("train", &after), std::pair("eval", &after_eval)}) {
+      const auto stored = metrics_.LastReport(record.sequence, split, /*attempt=*/0);
+      if (!stored.ok()) return Write(stored.status());
+      if (*stored) *last = std::max(*last, (*stored)->point().step());
+    }
+  }
   for (const auto& [file, split, after_step] :
-       {std::tuple("metrics.jsonl", "train", after),
-        std::tuple("eval_metrics.jsonl", "eval",
-                   std::max(gang.last_eval_step, record.attempts.back().first_step() - 1))}) {
+       {std::tuple("metrics.jsonl", "train", after), std::tuple("eval_metrics.jsonl", "eval", after_eval)}) {
     for (v1::MetricPoint& point : ReadMetricsFile(output_dir / file, split, attempt, after_step)) {
       v1::StepReport report;
       report.set_steps_planned(record.job.progress().steps_planned());

@@ -6,8 +6,10 @@
 //   simpo-coordinator supervise --attempt-dir DIR          what it starts for each attempt of a job
 #include <grpc/support/log.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -44,7 +46,25 @@ sigset_t EndSignals() {
   return set;
 }
 
+// Every rank and every client is an open file. The usual soft limit of 1,024 is for programs that use select().
+void RaiseFileLimit() {
+  constexpr rlim_t kMost = 1 << 20, kFew = 8192;
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  if (limit.rlim_cur < std::min(limit.rlim_max, kMost)) {
+    limit.rlim_cur = std::min(limit.rlim_max, kMost);
+    setrlimit(RLIMIT_NOFILE, &limit);
+    getrlimit(RLIMIT_NOFILE, &limit);
+  }
+  if (limit.rlim_cur >= kFew) return;
+  LOG_WARNING(absl::StrCat("this process may open ", limit.rlim_cur,
+                           " files, one for each rank and client; for more than about ",
+                           limit.rlim_cur - limit.rlim_cur / 10,
+                           " of them raise its hard limit (ulimit -Hn; LimitNOFILE= of the systemd unit)"));
+}
+
 int Serve(const ServerOptions& options) {
+  RaiseFileLimit();
   // Before any thread exists, so that all inherit it and only sigwait below takes them.
   const sigset_t signals = EndSignals();
   sigprocmask(SIG_BLOCK, &signals, nullptr);

@@ -787,6 +787,45 @@ TEST_F(DispatcherTest, PointsOfAGangThatEndedWithoutACoordinatorAreTakenFromItsF
   EXPECT_THAT(StoredSteps(id, "eval"), ElementsAre(0));
 }
 
+TEST_F(DispatcherTest, RanksThatTrainAndAreLostBeforeTheyHaveReportedHaveTheirFolder) {
+  // The coordinator was away from their start to their end.
+  const std::string id = Start(JobYaml(1));
+  const std::filesystem::path output = Job(id).output_dir();
+  WriteText(output / "metrics.jsonl", "{\"step\":1,\"loss\":0.5}\n{\"step\":2,\"loss\":0.25}\n");
+  launcher_.Lose(id, 1, "killed");
+  StartCoordinator();
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  EXPECT_THAT(StoredSteps(id), ElementsAre(1, 2));
+  Pass(seconds(2));
+  ASSERT_EQ(launcher_.started().size(), 2u);
+  EXPECT_TRUE(launcher_.started()[1].resume_latest) << "the worker would refuse the folder as another run's";
+
+  // The next one resumes after step 1 and ends unheard too: only what is new is stored as its own.
+  WriteText(output / "metrics.jsonl",
+            "{\"step\":1,\"loss\":0.5}\n{\"step\":2,\"loss\":0.25}\n{\"step\":3,\"loss\":0.125}\n");
+  launcher_.End(id, 2, 0);
+  StartCoordinator();
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "SUCCEEDED");
+  const auto points = ValueOf(stores_.metrics->ListPoints(1, "train", 0, 10));
+  ASSERT_EQ(points.size(), 3u);
+  EXPECT_EQ(points[1].attempt(), 1);
+  EXPECT_EQ(points[2].attempt(), 2);
+}
+
+TEST_F(DispatcherTest, AnotherRunsFolderIsNotTakenForAJobsOwn) {
+  const std::filesystem::path output = dir_ / "another";
+  WriteText(output / "metrics.jsonl", "{\"step\":1,\"loss\":0.5}\n");
+  const std::string id = Start(JobYaml(1, "output_dir: " + output.string() + "\n"));
+  launcher_.Lose(id, 1, "killed before it had looked at the folder");
+  Pass(milliseconds(200));
+  EXPECT_THAT(StoredSteps(id), ElementsAre());
+  Pass(seconds(2));
+  ASSERT_EQ(launcher_.started().size(), 2u);
+  EXPECT_FALSE(launcher_.started()[1].resume_latest);
+}
+
 TEST_F(DispatcherTest, AnAdoptedCancelIsGoneOnWith) {
   const std::string id = Start(JobYaml(1));
   AttachAll(id, 1, 1);
