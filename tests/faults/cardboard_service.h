@@ -23,7 +23,7 @@ struct CardboardService {
     Dispatcher::Options options;
     options.slots_total = facts.slots_total;
     options.outputs_dir = dir / "outputs";
-    options.first_pause = std::chrono::milliseconds(10);
+    options.restart.first_pause = std::chrono::milliseconds(10);
     dispatcher.emplace(options, *stores.database, *stores.jobs, *stores.metrics, views);
     controller.emplace(*dispatcher, [](const absl::Status& status) { ADD_FAILURE() << status; });
     views.SetListener([this] { pump.Wake(); });

@@ -104,6 +104,8 @@ class UserCallsTest : public ::testing::Test {
   void TrySubmitJob();
   void TryCancelJob();
   void TrySetPriority();
+  void TryCheckpointJob();
+  void TryDrainNode(const std::string& method);
   void TryWatchJob();
   void TryStreamLogs();
 
@@ -169,6 +171,45 @@ void UserCallsTest::TrySetPriority() {
   EXPECT_THAT(Simpoctl(absl::StrCat("priority ", id, " 77")).err, HasSubstr("It is not known whether job"));
 }
 
+// One more checkpoint does no harm; none would.
+void UserCallsTest::TryCheckpointJob() {
+  const std::string id = service_.NewJob();
+  CardboardRank rank(service_, id);
+  ASSERT_TRUE(service_.Reaches(id, v1::JOB_STATE_RUNNING));
+  int asked = 0;
+  AtEachPlace(
+      "CheckpointJob", [&] { return absl::StrCat("checkpoint ", id); },
+      [&](const Outcome& outcome) {
+        EXPECT_THAT(outcome.out, HasSubstr(absl::StrCat("Job ", id)));
+        const int before = std::exchange(asked, service_.CountEvents(id, "checkpoint_asked"));
+        EXPECT_GE(asked, before + 1);
+        EXPECT_LE(asked, before + 3);
+      });
+  proxy_.Arm(PathOf("CheckpointJob"), CutAt::kDelivered, /*times=*/1000);
+  EXPECT_THAT(Simpoctl(absl::StrCat("checkpoint ", id)).err, HasSubstr("It is not known whether job"));
+}
+
+void UserCallsTest::TryDrainNode(const std::string& method) {
+  const bool drain = method == "DrainNode";
+  const auto is_drained = [&] {
+    proxy_.Arm("", CutAt::kNowhere);
+    return nlohmann::json::parse(Simpoctl("nodes -o json").out)[0]["drain_reason"] == "disks";
+  };
+  AtEachPlace(
+      method,
+      [&] {
+        proxy_.Arm("", CutAt::kNowhere);
+        EXPECT_EQ(Simpoctl(drain ? "undrain local" : "drain local --reason disks").code, 0);
+        return std::string(drain ? "drain local --reason disks" : "undrain local");
+      },
+      [&](const Outcome& outcome) {
+        EXPECT_THAT(outcome.out, HasSubstr("Node local"));
+        EXPECT_EQ(is_drained(), drain);
+      });
+  proxy_.Arm(PathOf(method), CutAt::kDelivered, /*times=*/1000);
+  EXPECT_THAT(Simpoctl(drain ? "drain local" : "undrain local").err, HasSubstr("It is not known whether node local"));
+}
+
 // Every event is shown once, in order, and the end is known, wherever the stream breaks.
 void UserCallsTest::TryWatchJob() {
   std::string id;
@@ -212,8 +253,7 @@ void UserCallsTest::TryStreamLogs() {
       [&] {
         id = service_.NewJob();
         life = std::thread([this, id] {
-          const auto file =
-              std::filesystem::path(service_.Job(id).output_dir()) / "logs" / "attempt-1" / "rank-0.log";
+          const auto file = std::filesystem::path(service_.Job(id).output_dir()) / "logs" / "attempt-1" / "rank-0.log";
           std::filesystem::create_directories(file.parent_path());
           std::ofstream log(file);
           for (int line = 0; line < 10; ++line) {
@@ -242,6 +282,8 @@ bool UserCallsTest::Try(const std::string& method) {
   }
   if (method == "CancelJob") return TryCancelJob(), true;
   if (method == "SetPriority") return TrySetPriority(), true;
+  if (method == "CheckpointJob") return TryCheckpointJob(), true;
+  if (method == "DrainNode" || method == "UndrainNode") return TryDrainNode(method), true;
   if (method == "WatchJob") return TryWatchJob(), true;
   if (method == "StreamLogs") return TryStreamLogs(), true;
   if (method == "ListMetrics") {

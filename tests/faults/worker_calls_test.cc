@@ -72,8 +72,8 @@ class WorkerCallsTest : public ::testing::Test {
     for (const v1::JobEvent& event : service_.Events(id)) {
       if (event.type() == "checkpoint") checkpoints.push_back(event.message());
     }
-    EXPECT_EQ(checkpoints, (std::vector<std::string>{"checkpoint of step 4", "checkpoint of step 8",
-                                                     "checkpoint of step 12"}));
+    EXPECT_EQ(checkpoints,
+              (std::vector<std::string>{"checkpoint of step 4", "checkpoint of step 8", "checkpoint of step 12"}));
     EXPECT_EQ(service_.CountEvents(id, "launched"), 1);
     service_.launcher.End(id, 1, 0);
     EXPECT_TRUE(service_.Reaches(id, v1::JOB_STATE_SUCCEEDED));

@@ -99,7 +99,7 @@ def test_a_short_cut_restarts_nothing(workspace, cabled):
         cabled.cable("up")
         cabled.wait_step(job_id, at_end + 1)
     job = cabled.get(job_id)
-    assert (job["state"], job["attempt"], job["restarts"]) == ("RUNNING", 1, 0), cabled.story(job_id)
+    assert (job["state"], job["attempt"], job["restarts"], job["machine_faults"]) == ("RUNNING", 1, 0, 0), cabled.story(job_id)
     assert programs.rank_pids(cabled.data_dir) == ranks
     assert not [event for event in job["events"] if event["type"] == "rank_lost"]
     steps = [point["step"] for point in cabled.metrics(job_id)]
@@ -126,7 +126,7 @@ def test_a_long_cut_replaces_the_gang_and_never_doubles_it(workspace, cabled, as
     cabled.cable("up")
     job = cabled.wait_state(job_id, "SUCCEEDED")
     watch.end()
-    assert (job["attempt"], job["restarts"]) == (2, 1), cabled.story(job_id)
+    assert (job["attempt"], job["restarts"], job["machine_faults"]) == (2, 0, 1), cabled.story(job_id)
     assert "has been silent for" in job["attempts"][0]["reason"], cabled.story(job_id)
     assert (watch.seen, watch.most) == ({"1", "2"}, 1), "two gangs of one job ran at once"
     assert_undisturbed(cabled, workspace, job_id, "job")

@@ -21,7 +21,7 @@ def events(coordinator, job_id, kind):
 
 def assert_restarted_once(coordinator, workspace, job_id, undisturbed):
     job = coordinator.wait_state(job_id, "SUCCEEDED")
-    assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
+    assert (job["attempt"], job["restarts"], job["machine_faults"]) == (2, 0, 1), coordinator.story(job_id)
     assert job["attempts"][1]["first_step"] >= 4, coordinator.story(job_id)
     undisturbed(coordinator, workspace, job_id, "job")
     assert_nothing_runs(coordinator)
@@ -39,7 +39,7 @@ def test_a_stopped_rank_is_named_and_replaced(workspace, coordinators, assert_un
     named = time.monotonic() - begin
     assert f"rank {rank} " in lost[0]["message"], coordinator.story(job_id)
     assert named < HEARTBEAT_S + 3, f"named after {named:.1f} s"
-    coordinator.wait_for(job_id, "the end of the attempt", lambda job: job["restarts"] == 1)
+    coordinator.wait_for(job_id, "the end of the attempt", lambda job: job["machine_faults"] == 1)
     ended = time.monotonic() - begin - named
     assert ended < KILL_BOUND_S, f"ended {ended:.1f} s later"
     print(f"rank {rank}: named after {named:.1f} s, ended {ended:.1f} s later")
@@ -65,7 +65,7 @@ def test_a_stopped_mpirun_or_supervisor_ends_within_a_bound(workspace, coordinat
     for victim, job_id in jobs.items():
         job = coordinator.wait_state(job_id, "SUCCEEDED", deadline_s=150)
         print(f"{victim}: done after {time.monotonic() - begin:.1f} s: {job['attempts'][0]['reason']}")
-        assert job["restarts"] <= 1, coordinator.story(job_id)
+        assert job["restarts"] + job["machine_faults"] <= 1, coordinator.story(job_id)
         assert [point["step"] for point in coordinator.metrics(job_id)] == list(range(1, 21))
     assert_nothing_runs(coordinator)
 
@@ -84,7 +84,7 @@ def test_a_stalled_coordinator_blames_nobody(workspace, coordinators, stall_s):
         step = coordinator.get(job_id)["progress"]["step"]
         coordinator.wait_step(job_id, step + 5)
     job = coordinator.get(job_id)
-    assert (job["state"], job["attempt"], job["restarts"]) == ("RUNNING", 1, 0), coordinator.story(job_id)
+    assert (job["state"], job["attempt"], job["restarts"], job["machine_faults"]) == ("RUNNING", 1, 0, 0), coordinator.story(job_id)
     assert programs.rank_pids(coordinator.data_dir) == before
     assert not events(coordinator, job_id, "rank_lost"), coordinator.story(job_id)
     steps = [point["step"] for point in coordinator.metrics(job_id)]
