@@ -202,18 +202,18 @@ Json DescriptionToJson(const v1::GetJobResponse& response) {
                               {"attempt", event.attempt()},
                               {"state", StateName(event.state())}});
   }
-  json["ranks"] = Json::array();
+  json["rank_states"] = Json::array();
   for (const v1::RankState& rank : response.ranks()) {
-    json["ranks"].push_back({{"rank", rank.rank()},
-                             {"hostname", rank.hostname()},
-                             {"pid", rank.pid()},
-                             {"connected", rank.connected()},
-                             {"heard_time", FormatTime(rank.heard_time())},
-                             {"phase", rank.phase()},
-                             {"step", rank.step()},
-                             {"busy_seconds", ExactJson(rank.busy_seconds())},
-                             {"last_collective", rank.last_collective()},
-                             {"memory_peak_bytes", rank.memory_peak_bytes()}});
+    json["rank_states"].push_back({{"rank", rank.rank()},
+                                   {"hostname", rank.hostname()},
+                                   {"pid", rank.pid()},
+                                   {"connected", rank.connected()},
+                                   {"heard_time", FormatTime(rank.heard_time())},
+                                   {"phase", rank.phase()},
+                                   {"step", rank.step()},
+                                   {"busy_seconds", ExactJson(rank.busy_seconds())},
+                                   {"last_collective", rank.last_collective()},
+                                   {"memory_peak_bytes", rank.memory_peak_bytes()}});
   }
   json["advice"] = std::vector<std::string>(response.advice().begin(), response.advice().end());
   return json;

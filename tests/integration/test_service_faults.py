@@ -146,8 +146,8 @@ def test_a_rank_that_hangs_while_it_says_that_it_lives_is_named_and_replaced(wor
     expected = (r"rank 1 \([^)]*\) has not got on for \d+ s \(limit 5 s\): it is in \w+ after step \d+, not waiting "
                 r"since [a-z-]+ \d+ \(\d+ bytes\); rank 0 \([^)]*\) waits for it in [a-z-]+ \d+ \(\d+ bytes\)")
     assert re.fullmatch(expected, reason), reason
-    assert [rank["rank"] for rank in before["ranks"]] == [0, 1]
-    assert all(rank["connected"] and rank["pid"] and rank["hostname"] for rank in before["ranks"]), before["ranks"]
+    assert [rank["rank"] for rank in before["rank_states"]] == [0, 1]
+    assert all(rank["connected"] and rank["pid"] and rank["hostname"] for rank in before["rank_states"]), before["rank_states"]
     job = coordinator.wait_state(job_id, "SUCCEEDED")
     assert (job["attempt"], job["restarts"]) == (2, 1), coordinator.story(job_id)
     assert_undisturbed(coordinator, workspace, job_id, "job")
