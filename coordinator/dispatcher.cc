@@ -625,8 +625,8 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
     status = secret.status();
   }
   if (status.ok()) return Changed(record);
-  EndAttempt(record, {.could_not_start = true}, absl::StrCat("could not be started: ", std::string(status.message())),
-             now);
+  EndAttempt(record, {.seen = v1::FAULT_KIND_MACHINE},
+             absl::StrCat("could not be started: ", std::string(status.message())), now);
 }
 
 void Dispatcher::AfterPoints(PointsStored then) {

@@ -394,8 +394,9 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
     // Nobody would send these points again once the attempt has ended.
     if (gang.last_point > metrics_.stored_sequence() || gang.unstored_train || gang.unstored_eval) return;
     const std::optional<int> exit_code = lost ? std::nullopt : std::optional(status.exit.exit_code);
-    return EndAttempt(record, {.exit_code = exit_code, .ended_by_us = gang.fault && !gang.fault->of_machine},
-                      lost ? status.reason : "", now);
+    std::optional<v1::FaultKind> seen;
+    if (gang.fault) seen = gang.fault->of_machine ? v1::FAULT_KIND_MACHINE : v1::FAULT_KIND_JOB;
+    return EndAttempt(record, {.exit_code = exit_code, .seen = seen}, lost ? status.reason : "", now);
   }
   if (gang.phase_since == SteadyTime()) gang.phase_since = now.steady;
   if (status.phase != gang.phase) {

@@ -70,13 +70,15 @@ std::optional<std::string> FindStall(SteadyTime now, const std::vector<RankHealt
   if (!limit || now - culprit.last_moved <= *limit) return std::nullopt;
   std::string text = absl::StrCat(NameRank(rank, culprit), " has not got on for ", Seconds(now - culprit.last_moved),
                                   " s (limit ", Seconds(*limit), " s): it is ", DescribeRank(culprit));
-  size_t waiting = 0, first = ranks.size();
+  size_t waiting = 0, first = ranks.size();  // in a later collective, or in the one that the culprit has not begun
+  bool all_the_same = true;
   for (size_t other = 0; other < ranks.size(); ++other) {
     if (other == rank || ranks[other].finished || !IsWaiting(ranks[other])) continue;
     ++waiting;
+    all_the_same &= ranks[other].heartbeat.collective().number() == culprit.heartbeat.collective().number();
     if (first == ranks.size()) first = other;
   }
-  if (waiting > 0 && IsWaiting(culprit)) {
+  if (waiting > 0 && IsWaiting(culprit) && all_the_same) {
     absl::StrAppend(&text, "; all ranks wait, so the network between them may be the cause");
   } else if (waiting > 0) {
     absl::StrAppend(&text, "; ", waiting == 1 ? NameRank(first, ranks[first]) : absl::StrCat(waiting, " ranks"),

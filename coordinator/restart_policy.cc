@@ -60,8 +60,7 @@ std::optional<ExitMeaning> ParseExitMeaning(const std::string& name) {
 ExitMeaning MeaningOf(const RestartPolicy& policy, const AttemptEnd& end) {
   // A gang that did all its work has done it, whatever it was thought to be.
   if (end.exit_code == 0) return ExitMeaning::kDone;
-  if (end.could_not_start) return ExitMeaning::kMachineFault;
-  if (end.ended_by_us) return ExitMeaning::kJobFault;
+  if (end.seen) return *end.seen == v1::FAULT_KIND_MACHINE ? ExitMeaning::kMachineFault : ExitMeaning::kJobFault;
   if (!end.exit_code) return ExitMeaning::kMachineFault;
   if (const auto told = policy.exit_codes.find(*end.exit_code); told != policy.exit_codes.end()) return told->second;
   switch (*end.exit_code) {

@@ -40,8 +40,8 @@ struct RestartPolicy {
 // How the gang of an attempt ended.
 struct AttemptEnd {
   std::optional<int> exit_code;  // empty: nothing is left that could tell
-  bool ended_by_us = false;      // for a fault of the job that the coordinator saw, such as a rank that hangs
-  bool could_not_start = false;  // the launcher could not start it
+  // What the coordinator itself saw, such as a rank that hangs, and ended the gang for. It then counts, not the code.
+  std::optional<v1::FaultKind> seen;
 };
 
 struct Verdict {

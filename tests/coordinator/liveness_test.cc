@@ -112,6 +112,17 @@ TEST_F(RanksTest, WhereAllWaitTheNetworkIsSuspected) {
   EXPECT_THAT(Hung()->why, HasSubstr("waiting for all-reduce 9 (64 bytes) for 202 s; all ranks wait, so the network"));
 }
 
+TEST_F(RanksTest, ARankThatWaitsForWhatIsOverForTheOthersIsNamed) {
+  for (int second = 0; second <= 201; ++second) {
+    Beat(0, "train", 3, 12, second + 0.5);
+    Beat(1, "train", 3, 9, second + 0.5);
+    now_ += seconds(1);
+  }
+  EXPECT_THAT(Hung()->why, HasSubstr("rank 1 (host-1) has not got on for 202 s"));
+  EXPECT_THAT(Hung()->why, HasSubstr("waiting for all-reduce 9 (64 bytes) for 202 s; rank 0 (host-0) waits for it in "
+                                     "all-reduce 12 (64 bytes)"));
+}
+
 TEST_F(RanksTest, ARankThatGetsOnIsNotHungHoweverLongTheOthersWait) {
   for (int second = 0; second <= 1000; ++second) {
     Beat(0, "eval", 12, 46, second);

@@ -39,9 +39,10 @@ TEST(RestartPolicyTest, WhatExitCodesMean) {
   for (int code : {1, 75, 134, 137, 139}) EXPECT_EQ(MeaningOf(policy, {.exit_code = code}), ExitMeaning::kJobFault);
   for (int code : {127, 129, 143}) EXPECT_EQ(MeaningOf(policy, {.exit_code = code}), ExitMeaning::kMachineFault);
   EXPECT_EQ(MeaningOf(policy, {}), ExitMeaning::kMachineFault) << "nothing is left that could tell";
-  EXPECT_EQ(MeaningOf(policy, {.could_not_start = true}), ExitMeaning::kMachineFault);
-  EXPECT_EQ(MeaningOf(policy, {.exit_code = 143, .ended_by_us = true}), ExitMeaning::kJobFault);
-  EXPECT_EQ(MeaningOf(policy, {.exit_code = 0, .ended_by_us = true}), ExitMeaning::kDone) << "0 is 0";
+  EXPECT_EQ(MeaningOf(policy, {.seen = kMachine}), ExitMeaning::kMachineFault);
+  EXPECT_EQ(MeaningOf(policy, {.exit_code = 143, .seen = kJob}), ExitMeaning::kJobFault);
+  EXPECT_EQ(MeaningOf(policy, {.exit_code = 1, .seen = kMachine}), ExitMeaning::kMachineFault);
+  EXPECT_EQ(MeaningOf(policy, {.exit_code = 0, .seen = kJob}), ExitMeaning::kDone) << "0 is 0";
 }
 
 TEST(RestartPolicyTest, TheOperatorHasTheLastWordOnExitCodes) {
