@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -26,6 +27,8 @@ std::string BootId();
 // Empty: no such process, or it has ended and waits to be reaped.
 std::optional<ProcessIdentity> IdentifyProcess(pid_t pid);
 bool IsAlive(const ProcessIdentity& identity);
+// Since its start, of a process of the machine's current run.
+std::chrono::milliseconds Age(const ProcessIdentity& identity);
 
 // Starts a program in a session of its own, with its output appended to `log`, no input, and no
 // other open files. Returns its pid; it becomes a child of the caller.
