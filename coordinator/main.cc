@@ -6,6 +6,7 @@
 //   simpo-coordinator supervise --attempt-dir DIR          what it starts for each attempt of a job
 #include <grpc/support/log.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
 #include <atomic>
@@ -44,7 +45,16 @@ sigset_t EndSignals() {
   return set;
 }
 
+// Every rank and every client is a connection: as many as the system lets this process have.
+void AllowManyConnections() {
+  rlimit files = {};
+  if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
+}
+
 int Serve(const ServerOptions& options) {
+  AllowManyConnections();
   // Before any thread exists, so that all inherit it and only sigwait below takes them.
   const sigset_t signals = EndSignals();
   sigprocmask(SIG_BLOCK, &signals, nullptr);
