@@ -97,8 +97,8 @@ bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
     stats_ = dispatcher_.stats();
   }
   if (status.ok()) return true;
-  RefuseAll(absl::UnavailableError(absl::StrCat("the coordinator cannot write its database and stops: ",
-                                                std::string(status.message()))));
+  RefuseAll(absl::UnavailableError(
+      absl::StrCat("the coordinator cannot write its database and stops: ", std::string(status.message()))));
   on_failure_(status);
   return false;
 }

@@ -542,7 +542,8 @@ void Dispatcher::KeepHouse(Moment now) {
   for (int64_t sequence : metrics_.TakeForgotten()) RemoveJob(sequence);
   size_t chores = metrics_.chores_waiting();
   const auto due = [&](const auto& jobs, std::chrono::milliseconds keep) {
-    return keep.count() > 0 && !jobs.empty() && jobs.begin()->first + keep.count() < EvenMillis(now) && chores < kMaxChores;
+    return keep.count() > 0 && !jobs.empty() && jobs.begin()->first + keep.count() < EvenMillis(now) &&
+           chores < kMaxChores;
   };
   for (; due(to_remove_, options_.keep_jobs); ++chores) {
     to_thin_.erase(*to_remove_.begin());

@@ -21,7 +21,7 @@ constexpr size_t kMaxEventTypeBytes = 32;
 constexpr size_t kMaxEventMessageBytes = 4096;
 constexpr size_t kMaxEventsOfAnAttempt = 10'000;
 constexpr size_t kMaxValuesOfAPoint = 256;
-constexpr int kTicksOfALimit = 4;     // a pause between ticks of that part of a rank's limit is none of its silence
+constexpr int kTicksOfALimit = 4;  // a pause between ticks of that part of a rank's limit is none of its silence
 constexpr double kLatestStepWeight = 0.1;  // in the mean duration of a step
 
 double ValueOr(const v1::MetricPoint& point, const char* name, double fallback) {

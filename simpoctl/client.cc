@@ -131,8 +131,8 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
     const grpc::Status status = (stub->*method)(&context, request, &response);
     if (status.ok()) return response;
     // A coordinator that shuts down cancels what is under way.
-    const bool lost = status.error_code() == grpc::StatusCode::UNAVAILABLE ||
-                      status.error_code() == grpc::StatusCode::CANCELLED;
+    const bool lost =
+        status.error_code() == grpc::StatusCode::UNAVAILABLE || status.error_code() == grpc::StatusCode::CANCELLED;
     const bool late = status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED;
     asked |= (lost && !NeverConnected(status)) || late;
     if (lost && !status.error_details().empty()) said = status.error_message();

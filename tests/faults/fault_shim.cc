@@ -1,6 +1,6 @@
-// Loaded before a program's libraries (LD_PRELOAD), it sets the calendar's clock and slows the disk down as the file that
-// SIMPO_FAULT_FILE names says: two 64-bit numbers, how far the clock is ahead and how long a sync of a database takes, in
-// milliseconds. The file may change at any time. The clock that never jumps stays as it is.
+// Loaded before a program's libraries (LD_PRELOAD), it sets the calendar's clock and slows the disk down as the file
+// that SIMPO_FAULT_FILE names says: two 64-bit numbers, how far the clock is ahead and how long a sync of a database
+// takes, in milliseconds. The file may change at any time. The clock that never jumps stays as it is.
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

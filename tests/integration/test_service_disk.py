@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import conftest
 import programs
 from test_service_faults import STEPS, assert_undisturbed, fault_job  # noqa: F401 (a fixture)
 from test_service_jobs import assert_nothing_runs, make_slow
@@ -111,6 +112,7 @@ def checkpoints(workspace, name):
     return sorted((workspace.output(name) / "checkpoints").glob("step-*"))
 
 
+@conftest.long
 def test_a_full_output_folder_costs_the_steps_since_the_checkpoint(small_disk, workspace, coordinators,
                                                                    assert_undisturbed):  # noqa: F811
     disk = small_disk("results", 64)

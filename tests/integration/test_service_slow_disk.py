@@ -3,6 +3,7 @@
 import concurrent.futures
 import time
 
+import conftest
 import fault_shim
 import programs
 from test_service_faults import assert_undisturbed, fault_job  # noqa: F401 (a fixture)
@@ -45,6 +46,7 @@ def test_a_slow_disk_delays_and_breaks_nothing(workspace, coordinators, tmp_path
     assert_nothing_runs(coordinator)
 
 
+@conftest.long
 def test_a_disk_that_hangs_for_longer_than_ranks_may_be_silent(workspace, coordinators, tmp_path):
     faults = fault_shim.Faults(tmp_path)
     coordinator = coordinators.start(env=faults.env, **{"heartbeat-timeout-s": HEARTBEAT_S})
