@@ -5,6 +5,7 @@
 #   make parity       the same steps in live TRL and transformers, and ours (6 GB of Python packages)
 #   make mutants      whether the numeric tests catch planted mistakes
 #   make sanitize     unit tests under the address and undefined-behaviour sanitizers, and the thread sanitizer
+#   make faults       what real gangs make of broken networks, disks, clocks and clients, in full (root)
 #   make lint         clang-format and clang-tidy
 #   make clean        removes build folders and run/, not the downloaded dependencies
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ JOBS ?= $(shell nproc)
 PRESET ?= release
 TEST_ARGS ?=
 .DEFAULT_GOAL := build
-.PHONY: deps build test quickstart parity mutants sanitize lint clean
+.PHONY: deps build test quickstart parity mutants sanitize faults lint clean
 
 deps:
 	@deploy/install-deps.sh
@@ -40,6 +41,10 @@ sanitize: deps
 	@ctest --test-dir build-tsan -L unit --output-on-failure --no-tests=error
 	@cmake --preset asan-ubsan --log-level=WARNING && cmake --build --preset asan-ubsan -j $(JOBS)
 	@ctest --test-dir build-asan-ubsan -L unit --output-on-failure --no-tests=error
+
+faults: build
+	@SIMPO_LONG_TESTS=1 ctest --test-dir build --output-on-failure --no-tests=error \
+	  -R "user_calls|UserCall|WorkerCalls|service_stalls|service_network|service_disk|service_clock|service_slow_disk|slow_clients"
 
 lint:
 	@deploy/install-deps.sh --with lint

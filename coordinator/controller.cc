@@ -5,6 +5,8 @@
 #include <iterator>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+
 namespace simpo {
 namespace {
 
@@ -33,6 +35,7 @@ void Controller::Stop() {
 
 void Controller::Post(std::deque<Event>& queue, Event event) {
   event.arrived = std::chrono::steady_clock::now();
+  absl::Status refusal;
   {
     const std::lock_guard lock(mutex_);
     if (!closed_) {
@@ -40,14 +43,16 @@ void Controller::Post(std::deque<Event>& queue, Event event) {
       posted_.notify_one();
       return;
     }
+    refusal = refusal_;
   }
-  event.refuse(Stopping());
+  event.refuse(refusal);
 }
 
 void Controller::RefuseAll(const absl::Status& status) {
   std::deque<Event> of_users, of_ranks;
   {
     const std::lock_guard lock(mutex_);
+    if (!closed_) refusal_ = status;
     closed_ = true;
     of_users.swap(of_users_);
     of_ranks.swap(of_ranks_);
@@ -92,7 +97,8 @@ bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
     stats_ = dispatcher_.stats();
   }
   if (status.ok()) return true;
-  RefuseAll(status);
+  RefuseAll(absl::UnavailableError(
+      absl::StrCat("the coordinator cannot write its database and stops: ", std::string(status.message()))));
   on_failure_(status);
   return false;
 }

@@ -72,6 +72,7 @@ class Controller {
   bool woken_ = false;          // guarded by mutex_
   bool stop_ = false;           // guarded by mutex_
   bool closed_ = false;         // guarded by mutex_; nothing is taken any more
+  absl::Status refusal_;        // guarded by mutex_; of what comes once closed_
   Dispatcher::Stats stats_;     // guarded by mutex_
   SteadyTime last_tick_{};      // of thread_
   std::thread thread_;

@@ -191,12 +191,14 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
 absl::Status Dispatcher::Load(Moment now) {
   SIMPO_ASSIGN_OR_RETURN(drained_, jobs_.LoadDrained());
   for (const auto& [node, reason] : drained_) queue_.SetNodeUp(node, false);
+  even_offset_ms_ = now.unix_ms - Millis(now.steady);
   SIMPO_ASSIGN_OR_RETURN(std::vector<StoredJob> stored, jobs_.LoadJobs());
   int64_t last_point = 0;
   for (const StoredJob& job : stored) last_point = std::max(last_point, job.last_point);
   SIMPO_RETURN_IF_ERROR(metrics_.Reconcile(stored.empty() ? 0 : stored.back().sequence, last_point));
   for (StoredJob& job : stored) {
     JobRecord& record = AddRecord(std::move(job));
+    TakeStoredTimes(record, now);
     const bool is_final = IsFinal(record.job.state());
     if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record));
     // The config of what ended long ago is of no more use.
@@ -207,6 +209,17 @@ absl::Status Dispatcher::Load(Moment now) {
   }
   PublishChanged();
   return absl::OkStatus();
+}
+
+void Dispatcher::TakeStoredTimes(JobRecord& record, Moment now) const {
+  const auto stored = [&](const google::protobuf::Timestamp& time) { return std::min(UnixMillis(time), now.unix_ms); };
+  record.waiting_since_ms = stored(record.job.create_time());
+  for (const v1::Attempt& attempt : record.attempts) {
+    record.started_ms = stored(attempt.start_time());
+    if (!attempt.has_end_time()) continue;
+    record.waiting_since_ms = stored(attempt.end_time());
+    record.run_before_ms += std::max<int64_t>(0, record.waiting_since_ms - record.started_ms);
+  }
 }
 
 // The progress of a live job is not written at every step; its points are.
@@ -221,8 +234,8 @@ absl::Status Dispatcher::LoadLive(JobRecord& record) {
     if (event.attempt() == record.job.attempt()) record.worker_events.insert(EventKey(event.type(), event.message()));
   }
   if (record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty()) {
-    record.not_before_ms = UnixMillis(record.attempts.back().end_time()) +
-                           PauseBeforeNext(options_.restart, record.job, record.attempts).count();
+    record.not_before_ms =
+        record.waiting_since_ms + PauseBeforeNext(options_.restart, record.job, record.attempts).count();
   }
   return absl::OkStatus();
 }
@@ -267,8 +280,8 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
     live_.erase(record.sequence);
     live_output_dirs_.erase(record.job.output_dir());
-    to_remove_.insert({now.unix_ms, record.sequence});
-    to_thin_.insert({now.unix_ms, record.sequence});
+    to_remove_.insert({EvenMillis(now), record.sequence});
+    to_thin_.insert({EvenMillis(now), record.sequence});
     if (!record.attempts.empty()) {
       acknowledgements_.push_back([this, id = record.job.id()](const absl::Status& status) {
         if (status.ok() && launcher_ != nullptr) launcher_->Forget(id);
@@ -350,6 +363,7 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   Write(jobs_.InsertJob(stored));
   JobRecord& record = AddRecord(std::move(stored));
   record.config = std::move(config);
+  record.waiting_since_ms = EvenMillis(now);
   Queue(record);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
@@ -516,25 +530,22 @@ void Dispatcher::Queue(const JobRecord& record) {
   const v1::Job& job = record.job;
   const int64_t limit_ms = record.config.time_limit_s * 1000;
   if (WaitsForSlots(job.state())) {
-    const bool is_new = record.attempts.empty();
-    const int64_t since_ms = UnixMillis(is_new ? job.create_time() : record.attempts.back().end_time());
     queue_.Wait({.sequence = record.sequence,
                  .id = job.id(),
                  .owner = OwnerOf(job),
                  .priority = job.priority(),
                  .shape = ShapeOf(job),
-                 .time_left_ms = limit_ms > 0 ? std::max<int64_t>(1, limit_ms - RunMillis(record, since_ms)) : 0,
-                 .waiting_since_ms = since_ms,
+                 .time_left_ms = limit_ms > 0 ? std::max<int64_t>(1, limit_ms - record.run_before_ms) : 0,
+                 .waiting_since_ms = record.waiting_since_ms,
                  .not_before_ms = record.not_before_ms});
   } else if (HoldsGang(job.state())) {
     const v1::Attempt& attempt = record.attempts.back();
-    const int64_t started_ms = UnixMillis(attempt.start_time());
     const bool leaves = job.state() == v1::JOB_STATE_PREEMPTING || job.state() == v1::JOB_STATE_CANCELLING;
     queue_.Run({.sequence = record.sequence,
                 .id = job.id(),
                 .priority = job.priority() + attempt.priority_gain(),
-                .started_ms = started_ms,
-                .ends_by_ms = limit_ms > 0 ? started_ms + limit_ms - RunMillis(record, started_ms) : kNever,
+                .started_ms = record.started_ms,
+                .ends_by_ms = limit_ms > 0 ? record.started_ms + limit_ms - record.run_before_ms : kNever,
                 .leaving = leaves,
                 .where = SharesOf(job, attempt, queue_.cluster())},
                OwnerOf(job));
@@ -545,7 +556,7 @@ void Dispatcher::Queue(const JobRecord& record) {
 
 void Dispatcher::Place(Moment now) {
   placement_due_ = false;
-  const PlacementDecision decision = queue_.Decide(now.unix_ms);
+  const PlacementDecision decision = queue_.Decide(EvenMillis(now));
   for (const PlacementDecision::Start& start : decision.start) BeginAttempt(*records_.at(start.sequence), start, now);
   for (const auto& [victim, winner] : decision.preempt) {
     const v1::Job& job = records_.at(winner)->job;
@@ -557,7 +568,7 @@ void Dispatcher::Place(Moment now) {
 
 void Dispatcher::ExplainQueue(Moment now) {
   if (explain_from_ > queue_.in_line()) explain_from_ = 1;
-  queue_.Explain(now.unix_ms, kExplainedInFront, explain_from_, kExplainedAtATick,
+  queue_.Explain(EvenMillis(now), kExplainedInFront, explain_from_, kExplainedAtATick,
                  [this](int64_t sequence, std::string reason) {
                    JobRecord& record = *records_.at(sequence);
                    // After an attempt it matters most why there is another one.
@@ -584,6 +595,7 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
     slots.set_slots(share.slots);
   }
   Write(jobs_.PutAttempt(record.sequence, attempt));
+  record.started_ms = EvenMillis(now);
   // Ranks may train and be lost before they have ever reported. If nothing lay in the folder, what is found there
   // later is this job's all the same: a phase says so (see Launch).
   if (job.attempt() == 1 && IsUnused(job.output_dir())) job.mutable_progress()->set_phase("prepare");
@@ -655,7 +667,8 @@ void Dispatcher::KeepHouse(Moment now) {
   for (int64_t sequence : metrics_.TakeForgotten()) RemoveJob(sequence);
   size_t chores = metrics_.chores_waiting();
   const auto due = [&](const auto& jobs, std::chrono::milliseconds keep) {
-    return keep.count() > 0 && !jobs.empty() && jobs.begin()->first + keep.count() < now.unix_ms && chores < kMaxChores;
+    return keep.count() > 0 && !jobs.empty() && jobs.begin()->first + keep.count() < EvenMillis(now) &&
+           chores < kMaxChores;
   };
   for (; due(to_remove_, options_.keep_jobs); ++chores) {
     to_thin_.erase(*to_remove_.begin());

@@ -147,6 +147,14 @@ class Dispatcher {
   void RemoveJob(int64_t sequence);
   void PublishChanged();
   absl::Status LoadLive(JobRecord& record);
+  // What was stored in the calendar's time, as far as it can be right: not after now.
+  void TakeStoredTimes(JobRecord& record, Moment now) const;
+  // The calendar as it was when this coordinator began, carried on by the clock that never jumps: how long something
+  // has taken is judged by it.
+  int64_t EvenMillis(Moment now) const { return even_offset_ms_ + Millis(now.steady); }
+  static int64_t Millis(SteadyTime time) {
+    return std::chrono::duration_cast<std::chrono::milliseconds>(time.time_since_epoch()).count();
+  }
   absl::Status Commit();
   void FailAll(const absl::Status& status);
 
@@ -193,6 +201,7 @@ class Dispatcher {
   std::set<std::pair<int64_t, int64_t>> to_remove_, to_thin_;
   std::vector<std::unique_ptr<JobRecord>> removed_;  // until the commit and who waits for it
   int64_t next_sequence_ = 1;
+  int64_t even_offset_ms_ = 0;
 
   Scheduler queue_;
   std::set<std::string> down_;                  // nodes that a launcher cannot reach

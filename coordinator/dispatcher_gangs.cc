@@ -62,13 +62,8 @@ bool AnyAttached(const Gang& gang) {
 
 }  // namespace
 
-int64_t RunMillis(const JobRecord& record, int64_t now_ms) {
-  int64_t run_ms = 0;
-  for (const v1::Attempt& attempt : record.attempts) {
-    const int64_t end_ms = attempt.has_end_time() ? UnixMillis(attempt.end_time()) : now_ms;
-    run_ms += std::max<int64_t>(0, end_ms - UnixMillis(attempt.start_time()));
-  }
-  return run_ms;
+int64_t RunMillis(const JobRecord& record, int64_t even_ms) {
+  return record.run_before_ms + (record.gang ? std::max<int64_t>(0, even_ms - record.started_ms) : 0);
 }
 
 void ShowTrainReport(const v1::StepReport& report, v1::JobProgress* progress) {
@@ -107,6 +102,11 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
     if (*last) (*split == 't' ? gang.last_step : gang.last_eval_step) = (*last)->point().step();
   }
   if (gang.last_step > 0) record.attempts.back().set_last_step(gang.last_step);
+  // The supervisor's age is not told by a clock that may have been set since.
+  if (const auto age = launcher_->RunsFor(job.id(), job.attempt())) {
+    record.started_ms = EvenMillis(now) - age->count();
+    Queue(record);
+  }
   const bool leaves = job.state() == v1::JOB_STATE_CANCELLING || job.state() == v1::JOB_STATE_PREEMPTING;
   if (leaves) gang.stop_asked = now.steady;
   AddEvent(record, "adopted", absl::StrCat("the coordinator was restarted and goes on with attempt ", job.attempt()),
@@ -411,7 +411,7 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
   if (status.phase == GangStatus::Phase::kTraining && !gang.started) gang.started = now.steady;
 
   const int64_t limit_ms = record.config.time_limit_s * 1000;
-  if (limit_ms > 0 && RunMillis(record, now.unix_ms) > limit_ms) {
+  if (limit_ms > 0 && RunMillis(record, EvenMillis(now)) > limit_ms) {
     RequestEnd(record, absl::StrCat("the time limit of ", record.config.time_limit_s, " s was reached"), now);
   }
   if (!gang.fault && !gang.terminated) LookAtRanks(record, now);
@@ -516,7 +516,11 @@ void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std:
   const std::string why = done ? "done" : asked ? job.reason() : DescribeEnd(record, end.exit_code, what);
   const bool of_machine = verdict.meaning == ExitMeaning::kMachineFault;
 
-  *attempt.mutable_end_time() = ToTimestamp(now.unix_ms);
+  // A clock that was set back does not make the attempt end before it began.
+  *attempt.mutable_end_time() = ToTimestamp(std::max(now.unix_ms, UnixMillis(attempt.start_time())));
+  record.waiting_since_ms = EvenMillis(now);
+  record.run_before_ms = RunMillis(record, record.waiting_since_ms);
+  record.started_ms = record.waiting_since_ms;
   if (end.exit_code) attempt.set_exit_code(*end.exit_code);
   attempt.set_reason(why);
   attempt.set_preempted(preempted);
@@ -544,7 +548,7 @@ void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std:
       job.set_restarts(job.restarts() + 1);
     }
     const milliseconds pause = PauseBeforeNext(options_.restart, job, record.attempts);
-    record.not_before_ms = now.unix_ms + pause.count();
+    record.not_before_ms = EvenMillis(now) + pause.count();
     Apply(record, trigger, "restarting",
           absl::StrCat("attempt ", job.attempt(), " was lost", of_machine ? " to a fault of the machine: " : ": ", why,
                        "; the next one begins ", goes_on, " in ", (pause.count() + 999) / 1000, " s"),

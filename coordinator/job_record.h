@@ -78,6 +78,11 @@ struct JobRecord {
   JobConfig config;
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;
+  // What limits and the queue go by; see Dispatcher::EvenMillis. The times in `job` and `attempts` are for people: the
+  // clock that they are from may be set back or forward.
+  int64_t waiting_since_ms = 0;         // its submission, or the end of its last attempt
+  int64_t started_ms = 0;               // of the current attempt
+  int64_t run_before_ms = 0;            // how long the attempts before it have run in all
   int64_t not_before_ms = 0;            // end of the pause before the next attempt
   std::optional<Gang> gang;             // exactly while HoldsGang(job.state())
   uint64_t version = 1;                 // grows with every change that a watcher should hear of
@@ -91,8 +96,8 @@ struct JobRecord {
   int64_t checkpoint_ms = 0;  // Unix time of the last complete checkpoint
 };
 
-// How long the attempts of a job have run in all. Waiting and pauses do not count.
-int64_t RunMillis(const JobRecord& record, int64_t now_ms);
+// How long the attempts of a job have run in all. Waiting and pauses do not count. `even_ms`: now.
+int64_t RunMillis(const JobRecord& record, int64_t even_ms);
 // What a train report says of a job's progress.
 void ShowTrainReport(const v1::StepReport& report, v1::JobProgress* progress);
 // Two events of one attempt with the same key are the same event.

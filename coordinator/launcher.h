@@ -1,6 +1,7 @@
 #ifndef SIMPO_COORDINATOR_LAUNCHER_H_
 #define SIMPO_COORDINATOR_LAUNCHER_H_
 
+#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <optional>
@@ -44,6 +45,10 @@ class Launcher {
   virtual absl::Status Start(const GangRequest& request) = 0;
   // Cheap enough to be asked several times a second.
   virtual GangStatus Poll(const std::string& job_id, int attempt) = 0;
+  // Since when the attempt's processes are there, by a clock that is never set; nothing where that cannot be told.
+  virtual std::optional<std::chrono::milliseconds> RunsFor(const std::string& /*job_id*/, int /*attempt*/) {
+    return std::nullopt;
+  }
   // Ends the gang without waiting for a checkpoint: kindly, or by force. Poll says when it is gone.
   virtual void Terminate(const std::string& job_id, int attempt) = 0;
   virtual void Kill(const std::string& job_id, int attempt) = 0;

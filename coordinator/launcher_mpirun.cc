@@ -115,6 +115,12 @@ GangStatus MpirunLauncher::Poll(const std::string& job_id, int attempt) {
                                     : "its supervisor could not begin; see launcher.log"};
 }
 
+std::optional<std::chrono::milliseconds> MpirunLauncher::RunsFor(const std::string& job_id, int attempt) {
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
+  if (!supervisor.ok() || supervisor->boot_id != BootId()) return std::nullopt;
+  return Age(*supervisor);
+}
+
 void MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
   if (supervisor.ok()) SignalProcess(*supervisor, SIGTERM);

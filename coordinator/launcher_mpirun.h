@@ -27,6 +27,7 @@ class MpirunLauncher final : public Launcher {
 
   absl::Status Start(const GangRequest& request) override;
   GangStatus Poll(const std::string& job_id, int attempt) override;
+  std::optional<std::chrono::milliseconds> RunsFor(const std::string& job_id, int attempt) override;
   void Terminate(const std::string& job_id, int attempt) override;
   void Kill(const std::string& job_id, int attempt) override;
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override;

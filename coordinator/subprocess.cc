@@ -5,9 +5,12 @@
 #include <spawn.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -141,6 +144,14 @@ bool SignalProcess(const ProcessIdentity& identity, int signal) {
   if (!IsAlive(identity)) return false;
   process.Signal(signal);
   return true;
+}
+
+std::chrono::milliseconds Age(const ProcessIdentity& identity) {
+  timespec since_boot = {};
+  clock_gettime(CLOCK_BOOTTIME, &since_boot);
+  const int64_t now_ms = int64_t{since_boot.tv_sec} * 1000 + since_boot.tv_nsec / 1'000'000;
+  const int64_t begun_ms = static_cast<int64_t>(identity.start_time) * 1000 / sysconf(_SC_CLK_TCK);
+  return std::chrono::milliseconds(std::max<int64_t>(0, now_ms - begun_ms));
 }
 
 absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command, const fs::path& log) {

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -26,6 +27,8 @@ std::string BootId();
 // Empty: no such process, or it has ended and waits to be reaped.
 std::optional<ProcessIdentity> IdentifyProcess(pid_t pid);
 bool IsAlive(const ProcessIdentity& identity);
+// Since its start, of a process of the machine's current run.
+std::chrono::milliseconds Age(const ProcessIdentity& identity);
 
 // Sends a signal to a process, and never to a later one with the same number. False: it has ended.
 bool SignalProcess(const ProcessIdentity& identity, int signal);

@@ -47,8 +47,8 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
                          public RankChannel,
                          public std::enable_shared_from_this<RankStream> {
  public:
-  RankStream(Controller& controller, const JobViews& views, std::string secret)
-      : controller_(controller), views_(views), secret_(std::move(secret)) {}
+  RankStream(Controller& controller, const JobViews& views, grpc::CallbackServerContext* context)
+      : controller_(controller), views_(views), context_(context), secret_(SecretOf(*context)) {}
 
   void Begin(std::chrono::milliseconds hello_time) {
     self_ = shared_from_this();
@@ -66,6 +66,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
     // A rank that takes nothing is dropped; it hears everything anew when it is back.
     if (responses_.size() >= kMaxWaitingResponses) {
       end_ = ToGrpcStatus(absl::UnavailableError("this rank does not read what it is sent; connect again"));
+      if (!finished_) context_->TryCancel();  // the write that is under way would never end
     }
     if (!end_) responses_.push_back(std::move(response));
     Write();
@@ -170,6 +171,7 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
 
   Controller& controller_;
   const JobViews& views_;
+  grpc::CallbackServerContext* const context_;  // is there until after Finish
   const std::string secret_;
   v1::AttachRequest request_;  // of the read in flight
   std::optional<RankId> id_;   // written once, before the controller knows of this stream
@@ -237,7 +239,7 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
 
 grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* WorkerService::Attach(
     grpc::CallbackServerContext* context) {
-  const auto stream = std::make_shared<RankStream>(controller_, views_, SecretOf(*context));
+  const auto stream = std::make_shared<RankStream>(controller_, views_, context);
   stream->Begin(hello_time_);
   return stream.get();
 }

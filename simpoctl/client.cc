@@ -122,6 +122,7 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
                               const Request& request, const std::string& unknown = "") {
   const bool changes = !unknown.empty();
   bool asked = false;  // it may have reached the coordinator
+  std::string said;    // by the coordinator, before it went
   milliseconds pause{200};
   for (int attempt = 1;; ++attempt) {
     grpc::ClientContext context;
@@ -129,17 +130,25 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
     Response response;
     const grpc::Status status = (stub->*method)(&context, request, &response);
     if (status.ok()) return response;
-    const bool lost = status.error_code() == grpc::StatusCode::UNAVAILABLE;
+    // A coordinator that shuts down cancels what is under way.
+    const bool lost =
+        status.error_code() == grpc::StatusCode::UNAVAILABLE || status.error_code() == grpc::StatusCode::CANCELLED;
     const bool late = status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED;
     asked |= (lost && !NeverConnected(status)) || late;
+    if (lost && !status.error_details().empty()) said = status.error_message();
     const bool again = lost ? changes || asked : late && changes;
     if (attempt < kTries && again) {
       std::this_thread::sleep_for(pause);
       pause *= 2;
       continue;
     }
-    const absl::Status error = client.ToStatus(status);
-    if (!changes || !asked || !(lost || late)) return error;
+    if (!lost && !late) return client.ToStatus(status);
+    const grpc::StatusCode code = late ? grpc::StatusCode::DEADLINE_EXCEEDED : grpc::StatusCode::UNAVAILABLE;
+    absl::Status error = client.ToStatus(grpc::Status(code, status.error_message()));
+    if (!said.empty() && said != status.error_message()) {
+      error = absl::Status(error.code(), absl::StrCat(error.message(), ". Before, it said: ", OneLine(said)));
+    }
+    if (!changes || !asked) return error;
     return absl::Status(error.code(), absl::StrCat(error.message(), ". ", unknown));
   }
 }

@@ -32,7 +32,7 @@ using std::chrono::milliseconds;
 using Stream = grpc::ClientReaderWriter<v1::AttachRequest, v1::AttachResponse>;
 
 constexpr milliseconds kFirstBackoff{200};
-constexpr milliseconds kMaxBackoff{10'000};
+constexpr milliseconds kMaxBackoff{5'000};  // well below heartbeat_timeout: after a cut there must be time to be heard
 constexpr milliseconds kWelcomeTimeout{10'000};
 constexpr milliseconds kDefaultHeartbeat{2'000};
 constexpr milliseconds kMinHeartbeat{50};

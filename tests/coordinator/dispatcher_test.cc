@@ -451,6 +451,31 @@ TEST_F(DispatcherTest, ASilentRankEndsTheAttempt) {
   EXPECT_THAT(views_->FindById(id)->attempts[0].reason(), HasSubstr("rank 1 has been silent"));
 }
 
+TEST_F(DispatcherTest, AClockThatIsSetMovesNeitherLimitNorPause) {
+  constexpr int64_t kHour = 3'600'000;
+  const std::string id = Start(JobYaml(1, "time_limit: 10m\n"));
+  AttachAll(id, 1, 1);
+  for (const int64_t jump : {kHour, -2 * kHour, kHour}) {
+    now_.unix_ms += jump;
+    Pass(seconds(1));
+    EXPECT_EQ(State(id), "RUNNING");
+  }
+  launcher_.Lose(id, 1, "gone");
+  now_.unix_ms -= kHour;
+  Pass(seconds(1));
+  EXPECT_EQ(State(id), "RESTARTING");
+  const v1::Attempt& first = views_->FindById(id)->attempts[0];
+  EXPECT_GE(UnixMillis(first.end_time()), UnixMillis(first.start_time()));
+  now_.unix_ms -= kHour;
+  Pass(seconds(2));
+  EXPECT_EQ(State(id), "LAUNCHING") << "the pause was a second";
+  AttachAll(id, 2, 1);
+  Pass(seconds(590));
+  EXPECT_EQ(State(id), "RUNNING");
+  Pass(seconds(10));
+  EXPECT_EQ(State(id), "CANCELLING") << "ten minutes have passed in all";
+}
+
 TEST_F(DispatcherTest, TimeInWhichTheCoordinatorDidNotListenIsNobodysSilence) {
   options_.liveness.heartbeat = seconds(20);
   StartCoordinator();

@@ -3,8 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <httplib.h>
+#include <netinet/in.h>
 #include <prometheus/text_serializer.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <random>
 #include <set>
@@ -166,6 +170,38 @@ TEST(HttpServerTest, Pages) {
   HttpServer::Options taken = options;
   taken.port = server->port();
   EXPECT_EQ(HttpServer::Start(taken).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(HttpServerTest, SlowClientsHoldUpNobody) {
+  const CoordinatorCollectable source([] { return ExpositionSnapshot{.version = "9"}; });
+  const auto server = ValueOf(HttpServer::Start(
+      {.host = "127.0.0.1", .title = "slow", .source = &source, .problem = [] { return std::string(); }}));
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  address.sin_port = htons(static_cast<uint16_t>(server->port()));
+  std::vector<int> slow;
+  for (int i = 0; i < 300; ++i) {
+    slow.push_back(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    ASSERT_EQ(connect(slow.back(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+    // Some begin to ask, some say nothing.
+    const size_t begun = i % 2 == 0 ? 3 : 0;
+    EXPECT_EQ(send(slow.back(), "GET", begun, MSG_NOSIGNAL), static_cast<ssize_t>(begun));
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  for (const char* path : {"/healthz", "/metrics", "/"}) {
+    const auto page = httplib::Client("127.0.0.1", server->port()).Get(path);
+    ASSERT_TRUE(page) << path;
+    EXPECT_EQ(page->status, 200);
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(4)) << "they waited for others";
+  EXPECT_EQ(httplib::Client("127.0.0.1", server->port()).Post("/", "x", "text/plain")->status, 405);
+  EXPECT_EQ(httplib::Client("127.0.0.1", server->port()).Get(("/" + std::string(20'000, 'a')).c_str())->status, 431);
+  for (int fd : slow) {
+    char byte = 0;
+    EXPECT_LE(recv(fd, &byte, 1, 0), 0);  // hung up on
+    close(fd);
+  }
 }
 
 }  // namespace

@@ -124,8 +124,7 @@ class CutProxy {
     connection.client = client;
     connection.server = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     const sockaddr_in address = Loopback(server_port_);
-    bool open =
-        connect(connection.server, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
+    bool open = connect(connection.server, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0;
     const int yes = 1;
     for (int fd : {client, connection.server}) setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
     while (open && !stop_) {

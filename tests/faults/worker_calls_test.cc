@@ -150,6 +150,41 @@ TEST_F(WorkerCallsTest, RegisterIsCalledAgain) {
   }
 }
 
+// What it is sent is bounded; then it is dropped, and comes again as any rank does. Others are served meanwhile.
+TEST_F(WorkerCallsTest, ARankThatNeverReadsIsDropped) {
+  const std::string id = service_.NewJob(), other = service_.NewJob();
+  grpc::ChannelArguments arguments;
+  arguments.SetInt("grpc.http2.lookahead_bytes", 1);  // little room on the way
+  arguments.SetInt("grpc.http2.bdp_probe", 0);
+  grpc::ClientContext context;
+  context.AddMetadata("simpo-attempt-secret", absl::StrCat("secret-of-", id, "/1"));
+  const auto stream =
+      v1::WorkerService::NewStub(grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", service_.port),
+                                                           grpc::InsecureChannelCredentials(), arguments))
+          ->Attach(&context);
+  v1::AttachRequest request;
+  request.mutable_hello()->set_job_id(id);
+  request.mutable_hello()->set_attempt(1);
+  request.mutable_hello()->set_world_size(1);
+  ASSERT_TRUE(stream->Write(request));
+  std::atomic<bool> dropped = false;
+  std::thread talker([&] {
+    for (int step = 1; !dropped && stream->Write(StepMessage(step)); ++step) {
+    }
+    dropped = true;
+  });
+  // Another rank's report is stored while that one talks.
+  Run(other);
+  ExpectEverythingOnce(other);
+  EXPECT_TRUE(Eventually([&] { return dropped.load(); }, std::chrono::minutes(2)));
+  dropped = true;
+  talker.join();
+  context.TryCancel();
+  stream->Finish();
+  service_.launcher.End(id, 1, 0);
+  EXPECT_TRUE(service_.Reaches(id, v1::JOB_STATE_SUCCEEDED));
+}
+
 TEST_F(WorkerCallsTest, NoMethodIsForgotten) {
   const google::protobuf::ServiceDescriptor* service = v1::RegisterRequest::descriptor()->file()->service(0);
   std::set<std::string> methods;

@@ -1,6 +1,7 @@
 """Fixtures of the integration tests. ctest sets SIMPO_BIN_DIR to the folder of the built programs."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -8,6 +9,10 @@ import pytest
 import preference_data
 import programs
 import tiny_model
+
+
+# Of what takes minutes, ctest runs a part; `make faults` runs all of it.
+long = pytest.mark.skipif(not os.environ.get("SIMPO_LONG_TESTS"), reason="long: make faults runs it")
 
 
 class Workspace:

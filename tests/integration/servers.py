@@ -28,14 +28,14 @@ def http_get(url):
 class Coordinator:
     """One simpo-coordinator process; its log is beside its data."""
 
-    def __init__(self, data_dir, **flags):
+    def __init__(self, data_dir, env=None, **flags):
         self.data_dir = data_dir
         self.command = [programs.program("simpo-coordinator"), "--data-dir", str(data_dir)]
         for name, value in ({"listen": "127.0.0.1:0", "http": "127.0.0.1:0", "slots": 2} | flags).items():
             self.command += [f"--{name}", str(value)]
         number = len(list(data_dir.parent.glob(f"{data_dir.name}-coordinator-*.log")))
         self.log = data_dir.parent / f"{data_dir.name}-coordinator-{number}.log"
-        environment = dict(os.environ, SIMPO_CACHE_DIR=str(data_dir.parent / "cache"))
+        environment = dict(os.environ, SIMPO_CACHE_DIR=str(data_dir.parent / "cache"), **(env or {}))
         with self.log.open("wb") as log:
             self.process = self.start_process(log, environment)
         self.grpc = self.http = None

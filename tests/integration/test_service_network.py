@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import conftest
 import programs
 import servers
 from test_service_faults import assert_undisturbed, fault_job  # noqa: F401 (a fixture)
@@ -85,6 +86,7 @@ def cabled(coordinators):
     return coordinator.ready()
 
 
+@conftest.long
 def test_a_short_cut_restarts_nothing(workspace, cabled):
     make_slow(workspace)
     job_id = cabled.submit(fault_job(workspace, "job", max_steps=1000, save_strategy="no", save_steps=None))

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import conftest
 import programs
 from test_service_faults import assert_undisturbed, fault_job, victim_pid  # noqa: F401 (a fixture)
 from test_service_jobs import assert_nothing_runs, make_slow
@@ -27,7 +28,7 @@ def assert_restarted_once(coordinator, workspace, job_id, undisturbed):
     assert_nothing_runs(coordinator)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=conftest.long), 1])
 def test_a_stopped_rank_is_named_and_replaced(workspace, coordinators, assert_undisturbed, rank):  # noqa: F811
     coordinator = coordinators.start(**{"heartbeat-timeout-s": HEARTBEAT_S})
     make_slow(workspace)
@@ -46,6 +47,7 @@ def test_a_stopped_rank_is_named_and_replaced(workspace, coordinators, assert_un
     assert_restarted_once(coordinator, workspace, job_id, assert_undisturbed)
 
 
+@conftest.long
 def test_a_stopped_mpirun_or_supervisor_ends_within_a_bound(workspace, coordinators):
     # Without either, ranks train on; what is missing is the end, and that has a deadline of its own.
     coordinator = coordinators.start(**{"heartbeat-timeout-s": HEARTBEAT_S})
@@ -70,16 +72,16 @@ def test_a_stopped_mpirun_or_supervisor_ends_within_a_bound(workspace, coordinat
     assert_nothing_runs(coordinator)
 
 
-@pytest.mark.parametrize("stall_s", [HEARTBEAT_S + 3])
-def test_a_stalled_coordinator_blames_nobody(workspace, coordinators, stall_s):
+@pytest.mark.parametrize("stalls", [1, pytest.param(3, marks=conftest.long)])
+def test_a_stalled_coordinator_blames_nobody(workspace, coordinators, stalls):
     coordinator = coordinators.start(**{"heartbeat-timeout-s": HEARTBEAT_S})
     make_slow(workspace)
     job_id = coordinator.submit(fault_job(workspace, "job", max_steps=2000))
     coordinator.wait_step(job_id, 3)
     before = programs.rank_pids(coordinator.data_dir)
-    for _ in range(3):
+    for _ in range(stalls):
         coordinator.process.send_signal(signal.SIGSTOP)
-        time.sleep(stall_s)
+        time.sleep(HEARTBEAT_S + 3)
         coordinator.process.send_signal(signal.SIGCONT)
         step = coordinator.get(job_id)["progress"]["step"]
         coordinator.wait_step(job_id, step + 5)
