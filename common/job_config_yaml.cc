@@ -18,6 +18,7 @@
 #include "common/job_keys.h"
 #include "common/job_values.h"
 #include "common/metric_names.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
@@ -56,6 +57,10 @@ class Parser {
       return (a.line > 0 ? a.line : std::numeric_limits<int>::max()) <
              (b.line > 0 ? b.line : std::numeric_limits<int>::max());
     });
+    if (reading_.violations_left_out > 0) {
+      violations.push_back(
+          {"", 0, absl::StrCat("and ", reading_.violations_left_out, " more; they are told when these are corrected")});
+    }
     return {std::move(config_), std::move(reading_.notes), std::move(violations)};
   }
 
@@ -137,7 +142,7 @@ void Parser::Apply(const JobEntry& entry) {
     if (!is_new) return Wrong(entry, absl::StrCat("says the same as ", earlier->second, "; keep one"));
     return Set(row, entry);
   }
-  const std::string nearest = NearestKey(entry.key);
+  const std::string nearest = reading_.IsFull() ? "" : NearestKey(entry.key);  // takes its time
   Wrong(entry, nearest.empty() ? "unknown key (see: simpoctl help job-file)"
                                : absl::StrCat("unknown key; did you mean ", nearest, "?"));
 }
@@ -162,6 +167,7 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
   if (!entry.value.IsMap() || entry.value.size() == 0) {
     return MustBe(entry, "a map of data file or folder to fraction, as `data/train.jsonl: 1.0`");
   }
+  std::set<std::string> known;
   for (const auto& item : entry.value) {
     const std::string name = ScalarText(item.first);
     const std::optional<double> fraction = ScalarNumber(item.second);
@@ -172,10 +178,9 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
       reading_.Violation(entry.written, line, "a data set must have a name");
     } else if (!fraction || *fraction <= 0 || *fraction > 1) {
       const std::string said =
-          item.second.IsScalar() ? absl::StrCat(", not '", item.second.Scalar().substr(0, 80), "'") : "";
+          item.second.IsScalar() ? absl::StrCat(", not '", OneLine(item.second.Scalar(), 80), "'") : "";
       reading_.Violation(field, line, absl::StrCat("the fraction must be above 0 and at most 1", said));
-    } else if (std::string path = ResolvePath(name);
-               std::any_of(mixer->begin(), mixer->end(), [&](const auto& known) { return known.first == path; })) {
+    } else if (std::string path = ResolvePath(name); !known.insert(path).second) {
       reading_.Violation(field, line, "the data set stands twice; keep one");
     } else {
       mixer->emplace_back(std::move(path), *fraction);
@@ -205,7 +210,7 @@ void Parser::SetLabels(const JobEntry& entry, Labels* labels) {
 }
 
 void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string text) {
-  const std::string shown = text.substr(0, 80);
+  const std::string shown = OneLine(text, 80);
   if (const auto* field = std::get_if<std::string JobConfig::*>(&row.field)) {
     if (text.find('\0') != std::string::npos) return MustBe(entry, "text without a zero byte");
     // YAML 1.1 reads and writes `no` as false; `resume_from_checkpoint: false` means none.
@@ -232,7 +237,7 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
 }
 
 void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::string& text) {
-  const std::string shown = text.substr(0, 80);
+  const std::string shown = OneLine(text, 80);
   std::optional<double> value = ToNumber(text);
   if (row.key.type == "duration") {
     value = ToDuration(text);
