@@ -224,6 +224,7 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
       text = *greater ? "true" : "false";
     }
     if (const std::optional<std::string> problem = CheckChoice(row.key.range, text)) return Wrong(entry, *problem);
+    if (text.empty()) text = std::string(row.key.fallback);  // `key: ""` leaves the default too
     config_.** field = row.is_path ? ResolvePath(text) : text;
     return;
   }

@@ -348,6 +348,12 @@ TEST(JobConfigYaml, WhatIsToldIsShortWhateverTheFileHolds) {
   }
 }
 
+TEST(JobConfigYaml, AnEmptyTextLeavesTheDefault) {
+  const JobConfig config = ConfigOf(ParseWith("model_revision: \"\"\nmetric_for_best_model: ''\n"));
+  EXPECT_EQ(config.model_revision, "main");
+  EXPECT_EQ(config.metric_for_best_model, "eval_loss");
+}
+
 TEST(JobConfigYaml, ALongNameIsWrittenAndReadAgain) {
   const std::string path = "/" + std::string(3000, 'd');
   const JobConfig config = ConfigOf(Parse("model_name_or_path: m\ndataset_mixer:\n  ? " + path + "\n  : 0.5\n"));

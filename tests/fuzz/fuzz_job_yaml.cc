@@ -21,3 +21,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fprintf(stderr, "%s\n", problem.c_str());
   abort();
 }
+
+extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+
+// Bytes, or what people, editors and other programs do to a job file.
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+  if (seed % 2 == 0) return LLVMFuzzerMutate(data, size, max_size);
+  const simpo::MutatedJob job = simpo::JobMutator(seed).Mutate(std::string(reinterpret_cast<const char*>(data), size));
+  std::string text = job.yaml;
+  for (const std::string& set : job.overrides) text += "\n--set " + set;
+  if (text.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);
+  std::copy(text.begin(), text.end(), data);
+  return text.size();
+}
