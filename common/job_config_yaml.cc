@@ -26,6 +26,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kLargestBatch = 1048576;
+constexpr size_t kMaxDatasets = 1000;
 
 // Entries to JobConfig. One per file.
 class Parser {
@@ -47,6 +48,7 @@ class Parser {
         CheckTogether();
         FillInBatch();
         NoteDefaults();
+        CheckWritten(yaml);
       }
     } catch (const YAML::Exception& error) {
       reading_.Violation("", error.mark.line + 1, absl::StrCat("not a job file: ", error.msg));
@@ -82,6 +84,7 @@ class Parser {
   void CheckBestModel();
   void FillInBatch();
   void NoteDefaults();
+  void CheckWritten(std::string_view yaml);
   std::string ResolvePath(const std::string& value) const;
 
   // A value that is wrong, told under the name that the user wrote.
@@ -166,6 +169,10 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
   }
   if (!entry.value.IsMap() || entry.value.size() == 0) {
     return MustBe(entry, "a map of data file or folder to fraction, as `data/train.jsonl: 1.0`");
+  }
+  if (entry.value.size() > kMaxDatasets) {
+    return Wrong(entry, absl::StrCat("names ", entry.value.size(), " data sets; at most ", kMaxDatasets,
+                                     " are taken. A folder or a glob names many files at once"));
   }
   std::set<std::string> known;
   for (const auto& item : entry.value) {
@@ -393,6 +400,23 @@ void Parser::FillInBatch() {
   } else if (config.per_device_train_batch_size > 0) {
     reading_.Note(absl::StrCat("gradient_accumulation_steps is not given: derived from global_batch_size ",
                                config.global_batch_size));
+  }
+}
+
+// What is stored, and given to the worker, is the config with every default, long paths and escapes; that must be a
+// job file too. Only what is large already can come near.
+void Parser::CheckWritten(std::string_view yaml) {
+  constexpr size_t kLongestEscape = 6;  // of a byte
+  size_t could_be = yaml.size() * kLongestEscape +
+                    base_dir_.size() * (config_.dataset_mixer.size() + config_.eval_dataset_mixer.size() + 16);
+  for (const std::string& text : options_.overrides) could_be += text.size() * kLongestEscape;
+  if (could_be + (16 << 10) < kMaxJobFileBytes || !reading_.violations.empty()) return;
+  if (const size_t bytes = JobConfigToYaml(config_).size(); bytes > kMaxJobFileBytes) {
+    reading_.Violation("", 0,
+                       absl::StrCat("the file would have ", bytes,
+                                    " bytes with full paths and every default; a "
+                                    "job file has at most ",
+                                    kMaxJobFileBytes));
   }
 }
 

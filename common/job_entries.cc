@@ -16,7 +16,6 @@
 namespace simpo {
 namespace {
 
-constexpr size_t kMaxFileBytes = 1 << 20;
 constexpr char kTooDeep[] =
     "lists and maps lie too deep in each other; no key of a job file needs more than three levels";
 
@@ -130,9 +129,9 @@ int LineOfSecondDocument(const std::string& yaml) {
 
 // The text as one YAML map of entries.
 bool ReadText(std::string_view yaml, JobReading* reading) {
-  if (yaml.size() > kMaxFileBytes) {
+  if (yaml.size() > kMaxJobFileBytes) {
     reading->Violation("", 0,
-                       absl::StrCat("the file has ", yaml.size(), " bytes; a job file has at most ", kMaxFileBytes));
+                       absl::StrCat("the file has ", yaml.size(), " bytes; a job file has at most ", kMaxJobFileBytes));
     return false;
   }
   if (size_t bad = 0; !IsValidUtf8(yaml, &bad)) {

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
+#include "common/text.h"
 #include "coordinator/attempt_output.h"
 #include "coordinator/dispatcher.h"
 
@@ -244,7 +245,7 @@ void Dispatcher::ShowStoredReports(JobRecord& record, const std::optional<v1::St
   if (train) {
     record.attempts.back().set_last_step(train->point().step());
     ShowTrainReport(*train, &progress);
-    const double steps_left = static_cast<double>(progress.steps_planned() - progress.step());
+    const double steps_left = static_cast<double>(progress.steps_planned()) - static_cast<double>(progress.step());
     progress.set_eta_seconds(std::max<double>(0, steps_left * record.mean_step_seconds));
   }
   if (train || eval) Changed(record);
@@ -278,11 +279,11 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   if (event.type() == "finished" || event.type() == "error") {
     gang.ranks[from.rank].health.finished = true;
     if (event.type() == "finished" || !gang.error.empty()) return;
-    gang.error = event.message().substr(0, kMaxEventMessageBytes);
+    gang.error = ToUtf8(event.message(), kMaxEventMessageBytes);
   } else if (from.rank != 0) {
     return;
   }
-  const std::string message = event.message().substr(0, kMaxEventMessageBytes);
+  const std::string message = ToUtf8(event.message(), kMaxEventMessageBytes);
   const bool well_formed = !event.type().empty() && event.type().size() <= kMaxEventTypeBytes;
   if (!well_formed || record.worker_events.size() >= kMaxEventsOfAnAttempt) return;
   if (!record.worker_events.insert(EventKey(event.type(), message)).second) return;
@@ -292,7 +293,7 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
     record.checkpoint_ms = time_ms;
   }
   if (event.type() == "resumed") {
-    record.attempts.back().set_first_step(event.step());
+    record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));
     Write(jobs_.PutAttempt(record.sequence, record.attempts.back()));
   }
   AddEvent(record, event.type(), message, time_ms);

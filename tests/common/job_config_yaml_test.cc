@@ -348,6 +348,18 @@ TEST(JobConfigYaml, WhatIsToldIsShortWhateverTheFileHolds) {
   }
 }
 
+TEST(JobConfigYaml, WhatCannotBeStoredIsRefused) {
+  std::string mixer = "model_name_or_path: m\ndataset_mixer:\n";
+  for (int i = 0; i < 1000; ++i) mixer += "  ./" + std::to_string(i) + ": 1\n";
+  EXPECT_THAT(Problems(Parse(mixer)), IsEmpty());
+  EXPECT_THAT(Problems(Parse(mixer + "  more: 1\n")), ElementsAre(HasSubstr("at most 1000 are taken")));
+  // Each byte of the template takes four when it is written.
+  const std::string escapes = "chat_template: \"{{ x }}" + std::string(400'000, '\x02') + "\"\n";
+  EXPECT_THAT(Problems(ParseWith(escapes)), ElementsAre(HasSubstr("with full paths and every default")));
+  const ParsedJob far = ParseJobYaml(mixer, {.file_name = "job.yaml", .base_dir = "/" + std::string(4000, 'd')});
+  EXPECT_THAT(Problems(far), ElementsAre(HasSubstr("with full paths and every default")));
+}
+
 TEST(JobConfigYaml, AnEmptyTextLeavesTheDefault) {
   const JobConfig config = ConfigOf(ParseWith("model_revision: \"\"\nmetric_for_best_model: ''\n"));
   EXPECT_EQ(config.model_revision, "main");

@@ -10,7 +10,7 @@ const std::vector<FuzzMethod>& Methods() {
   using Kind = FuzzMethod::Kind;
   const auto& up = v1::AttachRequest::default_instance();
   const auto& down = v1::AttachResponse::default_instance();
-  constexpr char kAttach[] = "/simpo.v1.WorkerService/Attach";
+  static constexpr char kAttach[] = "/simpo.v1.WorkerService/Attach";
   static const std::vector<FuzzMethod> methods = {
       {Kind::kOpen, kAttach, &up, &down},
       {Kind::kSay, kAttach, &up, &down},
