@@ -29,6 +29,12 @@ double ValueOr(const v1::MetricPoint& point, const char* name, double fallback) 
   return value == point.values().end() ? fallback : value->second;
 }
 
+// Of the years 1 to 9999, which is what may be reckoned with.
+bool IsTime(const google::protobuf::Timestamp& time) {
+  return time.seconds() >= -62'135'596'800 && time.seconds() <= 253'402'300'799 && time.nanos() >= 0 &&
+         time.nanos() < 1'000'000'000;
+}
+
 v1::AttachResponse StopCommand(const std::string& reason) {
   v1::AttachResponse response;
   response.mutable_command()->set_kind(v1::COMMAND_KIND_STOP);
@@ -223,7 +229,7 @@ void Dispatcher::TakeReport(JobRecord& record, v1::StepReport report, Moment now
     return;
   }
   point.set_attempt(record.job.attempt());
-  if (!point.has_time()) *point.mutable_time() = ToTimestamp(now.unix_ms);
+  if (!point.has_time() || !IsTime(point.time())) *point.mutable_time() = ToTimestamp(now.unix_ms);
   metrics_.Add(record.sequence, report);
   gang.last_point = metrics_.last_sequence();
   if (point.step() <= last) return;  // it came again
@@ -287,7 +293,7 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   const bool well_formed = !event.type().empty() && event.type().size() <= kMaxEventTypeBytes;
   if (!well_formed || record.worker_events.size() >= kMaxEventsOfAnAttempt) return;
   if (!record.worker_events.insert(EventKey(event.type(), message)).second) return;
-  const int64_t time_ms = event.has_time() ? UnixMillis(event.time()) : now.unix_ms;
+  const int64_t time_ms = event.has_time() && IsTime(event.time()) ? UnixMillis(event.time()) : now.unix_ms;
   if (event.type() == "checkpoint" && event.step() > 0) {
     record.job.mutable_progress()->set_checkpoint_step(event.step());
     record.checkpoint_ms = time_ms;

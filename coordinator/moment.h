@@ -3,7 +3,6 @@
 
 #include <google/protobuf/timestamp.pb.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdint>
 
@@ -31,9 +30,8 @@ inline google::protobuf::Timestamp ToTimestamp(int64_t unix_ms) {
   return time;
 }
 
-// Of the years 1 to 9999, whatever the message holds.
 inline int64_t UnixMillis(const google::protobuf::Timestamp& time) {
-  return std::clamp<int64_t>(time.seconds(), -62'135'596'800, 253'402'300'799) * 1000 + time.nanos() / 1'000'000;
+  return time.seconds() * 1000 + time.nanos() / 1'000'000;
 }
 
 }  // namespace simpo
