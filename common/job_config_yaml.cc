@@ -163,8 +163,11 @@ void Parser::Set(const JobKeyRow& row, const JobEntry& entry) {
 void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
   mixer->clear();
   if (entry.value.IsScalar()) {
-    if (entry.value.Scalar().empty()) return MustBe(entry, "the name of a data file or folder");
-    mixer->emplace_back(ResolvePath(entry.value.Scalar()), 1.0);
+    const std::string& name = entry.value.Scalar();
+    if (name.empty() || name.find('\0') != std::string::npos) {
+      return MustBe(entry, "the name of a data file or folder");
+    }
+    mixer->emplace_back(ResolvePath(name), 1.0);
     return;
   }
   if (!entry.value.IsMap() || entry.value.size() == 0) {

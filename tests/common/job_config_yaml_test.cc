@@ -322,6 +322,7 @@ TEST(JobConfigYaml, WhatIsNoJobFile) {
   EXPECT_THAT(Problems(Parse(std::string(100000, '['))), ElementsAre(StartsWith("1: : lists and maps lie too deep")));
   EXPECT_THAT(Problems(ParseWith("resources: 2\n")), ElementsAre(HasSubstr("must be a map")));
   EXPECT_THAT(Problems(ParseWith("name: \"a\\0b\"\n")), ElementsAre(HasSubstr("zero byte")));
+  EXPECT_THAT(Problems(ParseWith("", {"datasets=\"\\0\""})), ElementsAre(HasSubstr("the name of a data file")));
 }
 
 TEST(JobConfigYaml, BadYamlIsToldWithARemedy) {
