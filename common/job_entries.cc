@@ -162,7 +162,9 @@ bool ReadText(std::string_view yaml, JobReading* reading) {
 void ReadOverride(const std::string& text, JobReading* reading) {
   const size_t equals = text.find('=');
   if (equals == std::string::npos || equals == 0) {
-    reading->Violation(text, 0, "--set takes key=value, as --set beta=2.5");
+    reading->Violation(text, 0,
+                       text.empty() ? "a --set is empty; it takes key=value, as --set beta=2.5"
+                                    : "--set takes key=value, as --set beta=2.5");
     return;
   }
   const std::string key = text.substr(0, equals);
