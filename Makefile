@@ -4,7 +4,8 @@
 #   make test         all tests           (TEST_ARGS="-L unit" for a part)
 #   make parity       the same steps in live TRL and transformers, and ours (6 GB of Python packages)
 #   make mutants      whether the numeric tests catch planted mistakes
-#   make sanitize     unit tests under the address and undefined-behaviour sanitizers, and the thread sanitizer
+#   make sanitize     unit tests under the thread sanitizer (control plane), and the address and undefined-behaviour ones
+#   make fuzz         every fuzzer for FUZZ_SECONDS, FUZZ_TARGETS of them, and a million mutated job files
 #   make faults       what real gangs make of broken networks, disks, clocks and clients, in full (root)
 #   make lint         clang-format and clang-tidy
 #   make clean        removes build folders and run/, not the downloaded dependencies
@@ -12,8 +13,10 @@ SHELL := /bin/bash
 JOBS ?= $(shell nproc)
 PRESET ?= release
 TEST_ARGS ?=
+FUZZ_SECONDS ?= 1800
+FUZZ_TARGETS ?=
 .DEFAULT_GOAL := build
-.PHONY: deps build test quickstart parity mutants sanitize faults lint clean
+.PHONY: deps build test quickstart parity mutants sanitize fuzz faults lint clean
 
 deps:
 	@deploy/install-deps.sh
@@ -38,9 +41,15 @@ mutants: build
 
 sanitize: deps
 	@cmake --preset tsan --log-level=WARNING && cmake --build --preset tsan -j $(JOBS)
-	@ctest --test-dir build-tsan -L unit --output-on-failure --no-tests=error
+	@ctest --preset tsan -j $(JOBS)
 	@cmake --preset asan-ubsan --log-level=WARNING && cmake --build --preset asan-ubsan -j $(JOBS)
-	@ctest --test-dir build-asan-ubsan -L unit --output-on-failure --no-tests=error
+	@ctest --preset asan-ubsan -j $(JOBS)
+
+fuzz: build
+	@deploy/install-deps.sh --with lint
+	@cmake --preset fuzz --log-level=WARNING && cmake --build --preset fuzz -j $(JOBS)
+	@build/bin/mutate_job_files configs 1000000
+	@tests/fuzz/run.sh build-fuzz $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 faults: build
 	@SIMPO_LONG_TESTS=1 ctest --test-dir build --output-on-failure --no-tests=error \

@@ -14,6 +14,8 @@ namespace simpo {
 namespace {
 
 constexpr std::string_view kResources = "resources.";
+// YAML takes a key of at most 1024 characters before its colon; a longer one stands behind a question mark.
+constexpr size_t kMaxSimpleKeyBytes = 1000;
 
 // Values that say "not given" by being empty have no line; false when this is one.
 template <typename T>
@@ -50,7 +52,10 @@ template <typename Map>
 std::string ValueText(const Map& map, int indent) {
   std::string text = "\n";
   for (const auto& [key, value] : map) {
-    absl::StrAppend(&text, std::string(static_cast<size_t>(indent) + 2, ' '), Quoted(key), ":",
+    const std::string spaces(static_cast<size_t>(indent) + 2, ' ');
+    const std::string quoted = Quoted(key);
+    const bool is_long = quoted.size() > kMaxSimpleKeyBytes;
+    absl::StrAppend(&text, spaces, is_long ? "? " : "", quoted, is_long ? "\n" + spaces : "", ":",
                     ValueText(value, indent + 2));
   }
   return text;

@@ -18,6 +18,7 @@
 #include "common/job_keys.h"
 #include "common/job_values.h"
 #include "common/metric_names.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
@@ -25,6 +26,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int64_t kLargestBatch = 1048576;
+constexpr size_t kMaxDatasets = 1000;
 
 // Entries to JobConfig. One per file.
 class Parser {
@@ -46,6 +48,7 @@ class Parser {
         CheckTogether();
         FillInBatch();
         NoteDefaults();
+        CheckWritten(yaml);
       }
     } catch (const YAML::Exception& error) {
       reading_.Violation("", error.mark.line + 1, absl::StrCat("not a job file: ", error.msg));
@@ -56,6 +59,10 @@ class Parser {
       return (a.line > 0 ? a.line : std::numeric_limits<int>::max()) <
              (b.line > 0 ? b.line : std::numeric_limits<int>::max());
     });
+    if (reading_.violations_left_out > 0) {
+      violations.push_back(
+          {"", 0, absl::StrCat("and ", reading_.violations_left_out, " more; they are told when these are corrected")});
+    }
     return {std::move(config_), std::move(reading_.notes), std::move(violations)};
   }
 
@@ -77,6 +84,7 @@ class Parser {
   void CheckBestModel();
   void FillInBatch();
   void NoteDefaults();
+  void CheckWritten(std::string_view yaml);
   std::string ResolvePath(const std::string& value) const;
 
   // A value that is wrong, told under the name that the user wrote.
@@ -137,7 +145,7 @@ void Parser::Apply(const JobEntry& entry) {
     if (!is_new) return Wrong(entry, absl::StrCat("says the same as ", earlier->second, "; keep one"));
     return Set(row, entry);
   }
-  const std::string nearest = NearestKey(entry.key);
+  const std::string nearest = reading_.IsFull() ? "" : NearestKey(entry.key);  // takes its time
   Wrong(entry, nearest.empty() ? "unknown key (see: simpoctl help job-file)"
                                : absl::StrCat("unknown key; did you mean ", nearest, "?"));
 }
@@ -155,13 +163,21 @@ void Parser::Set(const JobKeyRow& row, const JobEntry& entry) {
 void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
   mixer->clear();
   if (entry.value.IsScalar()) {
-    if (entry.value.Scalar().empty()) return MustBe(entry, "the name of a data file or folder");
-    mixer->emplace_back(ResolvePath(entry.value.Scalar()), 1.0);
+    const std::string& name = entry.value.Scalar();
+    if (name.empty() || name.find('\0') != std::string::npos) {
+      return MustBe(entry, "the name of a data file or folder");
+    }
+    mixer->emplace_back(ResolvePath(name), 1.0);
     return;
   }
   if (!entry.value.IsMap() || entry.value.size() == 0) {
     return MustBe(entry, "a map of data file or folder to fraction, as `data/train.jsonl: 1.0`");
   }
+  if (entry.value.size() > kMaxDatasets) {
+    return Wrong(entry, absl::StrCat("names ", entry.value.size(), " data sets; at most ", kMaxDatasets,
+                                     " are taken. A folder or a glob names many files at once"));
+  }
+  std::set<std::string> known;
   for (const auto& item : entry.value) {
     const std::string name = ScalarText(item.first);
     const std::optional<double> fraction = ScalarNumber(item.second);
@@ -172,10 +188,9 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
       reading_.Violation(entry.written, line, "a data set must have a name");
     } else if (!fraction || *fraction <= 0 || *fraction > 1) {
       const std::string said =
-          item.second.IsScalar() ? absl::StrCat(", not '", item.second.Scalar().substr(0, 80), "'") : "";
+          item.second.IsScalar() ? absl::StrCat(", not '", OneLine(item.second.Scalar(), 80), "'") : "";
       reading_.Violation(field, line, absl::StrCat("the fraction must be above 0 and at most 1", said));
-    } else if (std::string path = ResolvePath(name);
-               std::any_of(mixer->begin(), mixer->end(), [&](const auto& known) { return known.first == path; })) {
+    } else if (std::string path = ResolvePath(name); !known.insert(path).second) {
       reading_.Violation(field, line, "the data set stands twice; keep one");
     } else {
       mixer->emplace_back(std::move(path), *fraction);
@@ -205,7 +220,7 @@ void Parser::SetLabels(const JobEntry& entry, Labels* labels) {
 }
 
 void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string text) {
-  const std::string shown = text.substr(0, 80);
+  const std::string shown = OneLine(text, 80);
   if (const auto* field = std::get_if<std::string JobConfig::*>(&row.field)) {
     if (text.find('\0') != std::string::npos) return MustBe(entry, "text without a zero byte");
     // YAML 1.1 reads and writes `no` as false; `resume_from_checkpoint: false` means none.
@@ -219,6 +234,7 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
       text = *greater ? "true" : "false";
     }
     if (const std::optional<std::string> problem = CheckChoice(row.key.range, text)) return Wrong(entry, *problem);
+    if (text.empty()) text = std::string(row.key.fallback);  // `key: ""` leaves the default too
     config_.** field = row.is_path ? ResolvePath(text) : text;
     return;
   }
@@ -232,7 +248,7 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
 }
 
 void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::string& text) {
-  const std::string shown = text.substr(0, 80);
+  const std::string shown = OneLine(text, 80);
   std::optional<double> value = ToNumber(text);
   if (row.key.type == "duration") {
     value = ToDuration(text);
@@ -387,6 +403,23 @@ void Parser::FillInBatch() {
   } else if (config.per_device_train_batch_size > 0) {
     reading_.Note(absl::StrCat("gradient_accumulation_steps is not given: derived from global_batch_size ",
                                config.global_batch_size));
+  }
+}
+
+// What is stored, and given to the worker, is the config with every default, long paths and escapes; that must be a
+// job file too. Only what is large already can come near.
+void Parser::CheckWritten(std::string_view yaml) {
+  constexpr size_t kLongestEscape = 6;  // of a byte
+  size_t could_be = yaml.size() * kLongestEscape +
+                    base_dir_.size() * (config_.dataset_mixer.size() + config_.eval_dataset_mixer.size() + 16);
+  for (const std::string& text : options_.overrides) could_be += text.size() * kLongestEscape;
+  if (could_be + (16 << 10) < kMaxJobFileBytes || !reading_.violations.empty()) return;
+  if (const size_t bytes = JobConfigToYaml(config_).size(); bytes > kMaxJobFileBytes) {
+    reading_.Violation("", 0,
+                       absl::StrCat("the file would have ", bytes,
+                                    " bytes with full paths and every default; a "
+                                    "job file has at most ",
+                                    kMaxJobFileBytes));
   }
 }
 

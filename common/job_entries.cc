@@ -1,17 +1,23 @@
 #include "common/job_entries.h"
 
+#include <yaml-cpp/depthguard.h>
+#include <yaml-cpp/eventhandler.h>
+
 #include <algorithm>
 #include <iterator>
 #include <set>
+#include <sstream>
 
 #include "absl/strings/str_cat.h"
 #include "common/job_keys.h"
 #include "common/job_values.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
 
-constexpr size_t kMaxFileBytes = 1 << 20;
+constexpr char kTooDeep[] =
+    "lists and maps lie too deep in each other; no key of a job file needs more than three levels";
 
 // The key of the table that this key sets; itself when it is no other name of one.
 std::string_view TargetKey(std::string_view key) {
@@ -45,11 +51,87 @@ void ReadMap(const YAML::Node& map, const std::string& prefix, int override_line
   }
 }
 
+// What the library says of bad YAML, and what to do about it.
+constexpr std::pair<std::string_view, std::string_view> kYamlRemedies[] = {
+    {"illegal map value",
+     "a value that holds a colon and a space must stand in quotes; or the line above lacks its colon"},
+    {"illegal map key", "a key must be a word, followed by a colon and a space"},
+    {"illegal block entry", "`- item` must stand on a line of its own, below its key"},
+    {"illegal tab when looking for indentation", "indent with spaces"},
+    {"illegal flow end", "a ] or } has no [ or { before it; put it in quotes if it is meant"},
+    {"illegal EOF in scalar", "a quote is not closed"},
+    {"illegal document indicator in scalar", "a quote is not closed before this line"},
+    {"end of map not found", "this line is no `key: value`, or its indent is not that of the keys above"},
+    {"end of sequence not found", "this line is no `- item`, or its indent is not that of the items above"},
+    {"end of map flow not found", "a { is not closed by }, or what is in it are no `key: value` with commas between"},
+    {"end of sequence flow not found", "a [ is not closed by ], or a comma is missing"},
+    {"the referenced anchor is not defined", "`*name` stands for what `&name` marks further up; put a * in quotes"},
+    {"unknown token", "a value cannot begin with this sign; put it in quotes"},
+    {"unknown escape character: ", "write \\\\ for a backslash within double quotes, or use single quotes"},
+    {"unexpected character in block scalar", "put the text below the | or >, indented"},
+    {"invalid unicode: ", "\\u and \\U in double quotes stand for characters, each half of a pair for none"},
+    {"bad character found while scanning hex number", "\\x takes two digits of 0 to f, \\u four, \\U eight"},
+    {"illegal character found while scanning", "put a value that begins with &, * or ! in quotes"},
+    {"alias not found after *", "put a value that begins with * in quotes"},
+    {"anchor not found after &", "put a value that begins with & in quotes"},
+    {"cannot assign multiple", "a value takes one &name and one !tag"},
+    {"cannot set zero indentation for a block scalar", "leave out the number after | or >"},
+    {"bad YAML version", "leave out the line that begins with %YAML"},
+    {"YAML major version too large", "leave out the line that begins with %YAML"},
+};
+
+// Whether the line, from 0, is indented with a tab, of which the library makes all kinds of errors.
+bool IsIndentedWithTab(std::string_view yaml, int line) {
+  for (; line > 0; --line) {
+    const size_t end = yaml.find('\n');
+    if (end == std::string_view::npos) return false;
+    yaml.remove_prefix(end + 1);
+  }
+  return yaml.substr(0, yaml.find_first_not_of(" \t")).find('\t') != std::string_view::npos;
+}
+
+std::string WithRemedy(const YAML::Exception& error, std::string_view yaml) {
+  if (IsIndentedWithTab(yaml, error.mark.line)) return "the line is indented with a tab; indent with spaces";
+  for (const auto& [message, remedy] : kYamlRemedies) {
+    if (std::string_view(error.msg).starts_with(message)) {
+      return absl::StrCat(error.msg, "; ", std::string(remedy));
+    }
+  }
+  return error.msg;
+}
+
+// Where documents begin.
+class DocumentStarts final : public YAML::EventHandler {
+ public:
+  int last_line() const { return last_line_; }
+  void OnDocumentStart(const YAML::Mark& mark) override { last_line_ = mark.line + 1; }
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnMapEnd() override {}
+
+ private:
+  int last_line_ = 0;
+};
+
+// The line at which something follows the first document, or 0. YAML::LoadAll would tell too, but takes a stray sign
+// such as a comma for one empty document after the other, without end.
+int LineOfSecondDocument(const std::string& yaml) {
+  std::istringstream text(yaml);
+  YAML::Parser parser(text);
+  DocumentStarts starts;
+  return parser.HandleNextDocument(starts) && parser.HandleNextDocument(starts) ? starts.last_line() : 0;
+}
+
 // The text as one YAML map of entries.
 bool ReadText(std::string_view yaml, JobReading* reading) {
-  if (yaml.size() > kMaxFileBytes) {
+  if (yaml.size() > kMaxJobFileBytes) {
     reading->Violation("", 0,
-                       absl::StrCat("the file has ", yaml.size(), " bytes; a job file has at most ", kMaxFileBytes));
+                       absl::StrCat("the file has ", yaml.size(), " bytes; a job file has at most ", kMaxJobFileBytes));
     return false;
   }
   if (size_t bad = 0; !IsValidUtf8(yaml, &bad)) {
@@ -57,27 +139,32 @@ bool ReadText(std::string_view yaml, JobReading* reading) {
     reading->Violation("", static_cast<int>(line), "the text is not UTF-8");
     return false;
   }
-  const std::vector<YAML::Node> documents = YAML::LoadAll(std::string(yaml));
-  if (documents.empty() || documents[0].IsNull()) {
+  const std::string text(yaml);
+  if (const int line = LineOfSecondDocument(text); line > 0) {
+    reading->Violation("", line,
+                       "a second document begins here, by `---`, by another indent or by a stray sign; a file holds "
+                       "one job, its keys all with the same indent");
+    return false;
+  }
+  const YAML::Node document = YAML::Load(text);
+  if (document.IsNull()) {
     reading->Violation("", 0, "the file is empty; a job needs at least model_name_or_path and dataset_mixer");
     return false;
   }
-  if (documents.size() > 1) {
-    reading->Violation("", documents[1].Mark().line + 1, "a second document begins here; a file holds one job");
+  if (!document.IsMap()) {
+    reading->Violation("", document.Mark().line + 1, "a job file is a list of `key: value` lines");
     return false;
   }
-  if (!documents[0].IsMap()) {
-    reading->Violation("", documents[0].Mark().line + 1, "a job file is a list of `key: value` lines");
-    return false;
-  }
-  ReadMap(documents[0], "", -1, reading);
+  ReadMap(document, "", -1, reading);
   return true;
 }
 
 void ReadOverride(const std::string& text, JobReading* reading) {
   const size_t equals = text.find('=');
   if (equals == std::string::npos || equals == 0) {
-    reading->Violation(text, 0, "--set takes key=value");
+    reading->Violation(text, 0,
+                       text.empty() ? "a --set is empty; it takes key=value, as --set beta=2.5"
+                                    : "--set takes key=value, as --set beta=2.5");
     return;
   }
   const std::string key = text.substr(0, equals);
@@ -89,8 +176,11 @@ void ReadOverride(const std::string& text, JobReading* reading) {
     YAML::Node map;
     map[key] = YAML::Load(text.substr(equals + 1));
     ReadMap(map, "", 0, reading);
+  } catch (const YAML::DeepRecursion&) {
+    reading->Violation(key, 0, kTooDeep);
   } catch (const YAML::Exception& error) {
-    reading->Violation(key, 0, absl::StrCat("--set: the value is not valid YAML: ", error.msg));
+    reading->Violation(
+        key, 0, absl::StrCat("--set: the value is not valid YAML: ", WithRemedy(error, text.substr(equals + 1))));
   }
 }
 
@@ -98,11 +188,15 @@ void ReadOverride(const std::string& text, JobReading* reading) {
 // refused later.
 void DropOverridden(JobReading* reading) {
   std::list<JobEntry>& entries = reading->entries;
-  for (auto it = entries.begin(); it != entries.end();) {
-    const bool overridden = std::any_of(std::next(it), entries.end(), [&](const JobEntry& later) {
-      return later.line == 0 && TargetKey(later.key) == TargetKey(it->key);
-    });
-    it = overridden ? entries.erase(it) : std::next(it);
+  std::set<std::string_view> overridden;  // by what stands further down
+  for (auto it = entries.end(); it != entries.begin();) {
+    --it;
+    const std::string_view target = TargetKey(it->key);
+    if (overridden.contains(target)) {
+      it = entries.erase(it);
+    } else if (it->line == 0) {
+      overridden.insert(target);
+    }
   }
 }
 
@@ -147,9 +241,12 @@ bool IsOff(const YAML::Node& value) {
 bool ReadJobEntries(std::string_view yaml, const std::vector<std::string>& overrides, JobReading* reading) {
   try {
     if (!ReadText(yaml, reading)) return false;
+  } catch (const YAML::DeepRecursion& error) {
+    reading->Violation("", error.mark.line + 1, kTooDeep);
+    return false;
   } catch (const YAML::Exception& error) {
     reading->Violation("", error.mark.line + 1,
-                       absl::StrCat("not valid YAML: ", error.msg, " (column ", error.mark.column + 1, ")"));
+                       absl::StrCat("not valid YAML (column ", error.mark.column + 1, "): ", WithRemedy(error, yaml)));
     return false;
   }
   for (const std::string& text : overrides) ReadOverride(text, reading);

@@ -10,8 +10,11 @@
 #include <vector>
 
 #include "common/job_config_yaml.h"
+#include "common/text.h"
 
 namespace simpo {
+
+constexpr size_t kMaxJobFileBytes = 1 << 20;
 
 // One `key: value` of the file or of --set. Its constants keep it from being assigned to: assigning to a
 // YAML::Node changes every other handle of the old node too.
@@ -22,16 +25,29 @@ struct JobEntry {
   const std::string written;  // as the user wrote the key
 };
 
-// What is gathered while a job file is read.
+// What is gathered while a job file is read. What is told of it can be shown, whatever the file holds: keys, reasons
+// and notes are single lines of bounded length.
 struct JobReading {
+  static constexpr size_t kMaxViolations = 100;
+  static constexpr size_t kMaxKeyBytes = 160;
+  static constexpr size_t kMaxTextBytes = 900;
+
   std::list<JobEntry> entries;
   std::vector<std::string> notes;
   std::vector<FieldViolation> violations;
+  int64_t violations_left_out = 0;
 
-  void Violation(std::string field, int line, std::string description) {
-    violations.push_back({std::move(field), line, std::move(description)});
+  void Violation(std::string_view field, int line, std::string_view description) {
+    if (IsFull()) {
+      ++violations_left_out;
+    } else {
+      violations.push_back({OneLine(field, kMaxKeyBytes), line, OneLine(description, kMaxTextBytes)});
+    }
   }
-  void Note(std::string text) { notes.push_back(std::move(text)); }
+  void Note(std::string_view text) {
+    if (notes.size() < kMaxViolations) notes.push_back(OneLine(text, kMaxTextBytes));
+  }
+  bool IsFull() const { return violations.size() >= kMaxViolations; }
   // What an entry of another name says in the table's terms, unless --set says otherwise.
   void AddConverted(std::string key, YAML::Node value, const JobEntry& origin) {
     if (const JobEntry* said = Find(key); said != nullptr && said->line == 0 && origin.line > 0) return;

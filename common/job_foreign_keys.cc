@@ -8,6 +8,7 @@
 #include "common/job_entries.h"
 #include "common/job_keys.h"
 #include "common/job_values.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
@@ -179,7 +180,7 @@ void ConvertBf16(JobReading* reading) {
   const std::optional<bool> on = text == "auto" ? std::optional<bool>(false) : ToBool(text);
   if (!on) {
     reading->Violation(bf16->written, bf16->line,
-                       absl::StrCat("must be true or false, not '", text.substr(0, 80), "'"));
+                       absl::StrCat("must be true or false, not '", OneLine(text, 80), "'"));
     return;
   }
   if (!*on) return;
@@ -206,7 +207,7 @@ void CheckOptimizer(JobReading* reading) {
   const std::string name = ScalarText(optim->value);
   if (std::find(kKnown.begin(), kKnown.end(), name) != kKnown.end()) return;
   reading->Violation(optim->written, optim->line,
-                     absl::StrCat("'", name.substr(0, 80),
+                     absl::StrCat("'", OneLine(name, 80),
                                   "' is not supported; the optimizer is adamw_torch with "
                                   "float32 masters and moments"));
 }

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "common/job_keys.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
@@ -34,25 +35,6 @@ size_t EditDistance(std::string_view a, std::string_view b) {
     }
   }
   return row.back();
-}
-
-// Bytes of the UTF-8 character at the start of `text`; 0 when it is none (too short, overlong, a
-// surrogate, or above U+10FFFF).
-size_t Utf8Length(std::string_view text) {
-  auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned char lead = byte(0);
-  if (lead < 0x80) return 1;
-  size_t length = 0;
-  if (lead >= 0xc2 && lead < 0xe0) length = 2;
-  if (lead >= 0xe0 && lead < 0xf0) length = 3;
-  if (lead >= 0xf0 && lead < 0xf5) length = 4;
-  if (length == 0 || length > text.size()) return 0;
-  for (size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xc0) != 0x80) return 0;
-  }
-  const bool overlong = (lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xf0 && byte(1) < 0x90);
-  const bool beyond = (lead == 0xed && byte(1) >= 0xa0) || (lead == 0xf4 && byte(1) >= 0x90);
-  return overlong || beyond ? 0 : length;
 }
 
 }  // namespace
@@ -122,7 +104,7 @@ std::optional<std::string> CheckChoice(std::string_view range, const std::string
   if (std::find(choices.begin(), choices.end(), value) != choices.end()) return std::nullopt;
   const std::string expected = choices.size() == 1 ? choices[0] + " (others are not supported yet)"
                                                    : absl::StrCat("one of ", std::string(range));
-  return absl::StrCat("must be ", expected, ", not '", value.substr(0, 80), "'");
+  return absl::StrCat("must be ", expected, ", not '", OneLine(value, 80), "'");
 }
 
 std::string NearestKey(std::string_view key) {
@@ -145,16 +127,6 @@ std::string NearestKey(std::string_view key) {
   for (const JobKeyAlias& alias : JobKeyAliases()) consider(alias.alias);
   for (const ConvertedJobKey& converted : ConvertedJobKeys()) consider(converted.name);
   return best;
-}
-
-bool IsValidUtf8(std::string_view text, size_t* bad) {
-  for (size_t i = 0; i < text.size();) {
-    const size_t length = Utf8Length(text.substr(i));
-    *bad = i;
-    if (length == 0) return false;
-    i += length;
-  }
-  return true;
 }
 
 }  // namespace simpo

@@ -28,9 +28,6 @@ std::optional<std::string> CheckChoice(std::string_view range, const std::string
 // The known key that is spelled most like this one; empty when none is near.
 std::string NearestKey(std::string_view key);
 
-// Whether all of `text` is well-formed UTF-8; if not, *bad is the offset of the first wrong byte.
-bool IsValidUtf8(std::string_view text, size_t* bad);
-
 }  // namespace simpo
 
 #endif  // SIMPO_COMMON_JOB_VALUES_H_

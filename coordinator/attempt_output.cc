@@ -12,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "common/text.h"
 #include "coordinator/launcher.h"
 
 namespace simpo {
@@ -51,7 +52,7 @@ std::string LastMessage(const std::vector<std::string>& lines, absl::string_view
   for (++line; line != lines.end() && !EndsMessage(*line) && message.size() < kMaxMessageBytes; ++line) {
     absl::StrAppend(&message, "\n", *line);
   }
-  return message.substr(0, kMaxMessageBytes);
+  return ToUtf8(message, kMaxMessageBytes);  // a log may hold anything
 }
 
 std::optional<double> ParseValue(const nlohmann::json& json) {

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
+#include "common/text.h"
 #include "coordinator/attempt_output.h"
 #include "coordinator/dispatcher.h"
 
@@ -27,6 +28,12 @@ constexpr double kLatestStepWeight = 0.1;  // in the mean duration of a step
 double ValueOr(const v1::MetricPoint& point, const char* name, double fallback) {
   const auto value = point.values().find(name);
   return value == point.values().end() ? fallback : value->second;
+}
+
+// Of the years 1 to 9999, which is what may be reckoned with.
+bool IsTime(const google::protobuf::Timestamp& time) {
+  return time.seconds() >= -62'135'596'800 && time.seconds() <= 253'402'300'799 && time.nanos() >= 0 &&
+         time.nanos() < 1'000'000'000;
 }
 
 v1::AttachResponse StopCommand(const std::string& reason) {
@@ -234,7 +241,7 @@ void Dispatcher::TakeReport(JobRecord& record, v1::StepReport report, Moment now
     return;
   }
   point.set_attempt(record.job.attempt());
-  if (!point.has_time()) *point.mutable_time() = ToTimestamp(now.unix_ms);
+  if (!point.has_time() || !IsTime(point.time())) *point.mutable_time() = ToTimestamp(now.unix_ms);
   metrics_.Add(record.sequence, report);
   gang.last_point = metrics_.last_sequence();
   if (point.step() <= last) return;  // it came again
@@ -256,7 +263,7 @@ void Dispatcher::ShowStoredReports(JobRecord& record, const std::optional<v1::St
   if (train) {
     record.attempts.back().set_last_step(train->point().step());
     ShowTrainReport(*train, &progress);
-    const double steps_left = static_cast<double>(progress.steps_planned() - progress.step());
+    const double steps_left = static_cast<double>(progress.steps_planned()) - static_cast<double>(progress.step());
     progress.set_eta_seconds(std::max<double>(0, steps_left * record.mean_step_seconds));
   }
   if (train || eval) Changed(record);
@@ -290,21 +297,21 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   if (event.type() == "finished" || event.type() == "error") {
     gang.ranks[from.rank].health.finished = true;
     if (event.type() == "finished" || !gang.error.empty()) return;
-    gang.error = event.message().substr(0, kMaxEventMessageBytes);
+    gang.error = ToUtf8(event.message(), kMaxEventMessageBytes);
   } else if (from.rank != 0) {
     return;
   }
-  const std::string message = event.message().substr(0, kMaxEventMessageBytes);
+  const std::string message = ToUtf8(event.message(), kMaxEventMessageBytes);
   const bool well_formed = !event.type().empty() && event.type().size() <= kMaxEventTypeBytes;
   if (!well_formed || record.worker_events.size() >= kMaxEventsOfAnAttempt) return;
   if (!record.worker_events.insert(EventKey(event.type(), message)).second) return;
-  const int64_t time_ms = event.has_time() ? UnixMillis(event.time()) : now.unix_ms;
+  const int64_t time_ms = event.has_time() && IsTime(event.time()) ? UnixMillis(event.time()) : now.unix_ms;
   if (event.type() == "checkpoint" && event.step() > 0) {
     record.job.mutable_progress()->set_checkpoint_step(event.step());
     record.checkpoint_ms = time_ms;
   }
   if (event.type() == "resumed") {
-    record.attempts.back().set_first_step(event.step());
+    record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));
     Write(jobs_.PutAttempt(record.sequence, record.attempts.back()));
   }
   AddEvent(record, event.type(), message, time_ms);

@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxNameBytes = 128;
 constexpr size_t kMaxOverrides = 256;
+constexpr size_t kMaxPathBytes = 4096;  // of Linux
 
 bool IsPrintable(const std::string& text) {
   for (unsigned char c : text) {
@@ -39,7 +40,9 @@ void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolatio
     violations->push_back(
         {"request_id", 0, absl::StrCat("must be one line of at most ", kMaxRequestIdBytes, " bytes")});
   }
-  if (!request.base_dir().empty() && !fs::path(request.base_dir()).is_absolute()) {
+  if (request.base_dir().size() > kMaxPathBytes) {
+    violations->push_back({"base_dir", 0, absl::StrCat("a path has at most ", kMaxPathBytes, " bytes")});
+  } else if (!request.base_dir().empty() && !fs::path(request.base_dir()).is_absolute()) {
     violations->push_back({"base_dir", 0, absl::StrCat("'", request.base_dir(), "' is not an absolute path")});
   }
   if (static_cast<size_t>(request.overrides_size()) > kMaxOverrides) {
@@ -110,10 +113,10 @@ std::string RequestDigest(const v1::SubmitJobRequest& request) {
 Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total, const AllowedRoots& roots) {
   Submission submission;
   CheckRequest(request, &submission.violations);
-  ParsedJob parsed =
-      ParseJobYaml(request.job_yaml(), {.file_name = request.file_name().empty() ? "job.yaml" : request.file_name(),
-                                        .base_dir = request.base_dir(),
-                                        .overrides = {request.overrides().begin(), request.overrides().end()}});
+  ParsedJob parsed = ParseJobYaml(request.job_yaml(),
+                                  {.file_name = request.file_name().empty() ? "job.yaml" : request.file_name(),
+                                   .base_dir = request.base_dir().size() > kMaxPathBytes ? "/" : request.base_dir(),
+                                   .overrides = {request.overrides().begin(), request.overrides().end()}});
   submission.violations.insert(submission.violations.end(), parsed.violations.begin(), parsed.violations.end());
   submission.config = std::move(parsed.config);
   submission.notes = std::move(parsed.notes);

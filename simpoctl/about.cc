@@ -4,6 +4,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "common/job_config.h"
+#include "common/text.h"
 #include "simpoctl/commands.h"
 #include "simpoctl/exit_codes.h"
 #include "simpoctl/terminal.h"

@@ -15,6 +15,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
+#include "common/text.h"
 #include "simpoctl/terminal.h"
 
 namespace simpo {

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "common/text.h"
 #include "simpoctl/commands.h"
 #include "simpoctl/exit_codes.h"
 #include "simpoctl/format.h"

@@ -10,6 +10,7 @@
 #include "common/atomic_file.h"
 #include "common/job_config_yaml.h"
 #include "common/status_macros.h"
+#include "common/text.h"
 #include "simpoctl/commands.h"
 #include "simpoctl/exit_codes.h"
 #include "simpoctl/follow.h"

@@ -74,17 +74,6 @@ std::string Colored(std::string_view text, Color color, const TerminalLook& look
   return absl::StrCat("\x1b[", code, "m", std::string(text), "\x1b[0m");
 }
 
-std::string OneLine(std::string_view text) {
-  std::string line(text);
-  for (size_t i = 0; i < line.size(); ++i) {
-    const auto c = static_cast<unsigned char>(line[i]);
-    if (c < 0x20 || c == 0x7f) line[i] = ' ';
-    // U+0080 to U+009F are control characters too, two bytes each in UTF-8.
-    if (c == 0xc2 && i + 1 < line.size() && static_cast<unsigned char>(line[i + 1]) < 0xa0) line.replace(i, 2, "  ");
-  }
-  return line;
-}
-
 int DisplayWidth(std::string_view text) {
   int width = 0;
   for (const char c : text) width += IsContinuation(c) ? 0 : 1;

@@ -24,9 +24,6 @@ enum class Color { kNone, kRed, kGreen, kYellow, kCyan, kBold, kDim };
 // `text` in a colour, or as it is where there are none.
 std::string Colored(std::string_view text, Color color, const TerminalLook& look);
 
-// Text of others as one line that cannot drive the terminal: control characters become spaces.
-std::string OneLine(std::string_view text);
-
 // Columns that UTF-8 text takes (one per character), and its longest beginning of at most `width` columns.
 int DisplayWidth(std::string_view text);
 std::string Clip(std::string_view text, int width);

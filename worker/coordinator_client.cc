@@ -21,6 +21,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/host_name.h"
 #include "common/log.h"
+#include "common/text.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 #include "worker/coordinator_channel.h"
 
@@ -248,7 +249,7 @@ void Client::ReportEvent(std::string_view type, std::string_view message, int64_
   v1::WorkerEvent event;
   *event.mutable_time() = Now();
   event.set_type(std::string(type));
-  event.set_message(std::string(message));
+  event.set_message(ToUtf8(message));  // it may name a file
   event.set_step(step);
   const std::lock_guard lock(mutex_);
   PushEvent(std::move(event));
@@ -269,7 +270,7 @@ void Client::Finish(int exit_code, std::string_view message, int timeout_ms) {
     v1::WorkerEvent event;
     *event.mutable_time() = Now();
     event.set_type(exit_code == 0 || exit_code == kStoppedExitCode ? "finished" : "error");
-    event.set_message(std::string(message));
+    event.set_message(ToUtf8(message));
     event.set_step(step_);
     event.set_exit_code(exit_code);
     PushEvent(std::move(event));

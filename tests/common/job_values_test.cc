@@ -56,16 +56,5 @@ TEST(JobValues, Ranges) {
   EXPECT_EQ(CheckRange("0 to below 1", 0.999), std::nullopt);
 }
 
-TEST(JobValues, Utf8) {
-  size_t bad = 0;
-  EXPECT_TRUE(IsValidUtf8("a\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80", &bad));
-  // A lone continuation, a cut character, overlong forms, a surrogate, beyond U+10FFFF.
-  for (const char* text : {"ab\x80", "ab\xc3", "ab\xc0\xaf", "ab\xe0\x80\xaf", "ab\xf0\x80\x80\xaf", "ab\xed\xa0\x80",
-                           "ab\xf4\x90\x80\x80", "ab\xff"}) {
-    EXPECT_FALSE(IsValidUtf8(text, &bad)) << text;
-    EXPECT_EQ(bad, 2u);
-  }
-}
-
 }  // namespace
 }  // namespace simpo

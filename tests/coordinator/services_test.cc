@@ -836,7 +836,9 @@ TEST_F(ServicesWithTokensTest, AUserHasSoManyStreamsAndNoMore) {
 
 class ImpatientServicesTest : public ServicesTest {
  protected:
-  ImpatientServicesTest() : ServicesTest({.patience = std::chrono::milliseconds(300)}) {}
+  // SIMPO_TIMES: as many times slower is all under a sanitizer.
+  static constexpr std::chrono::milliseconds kPatience{300 * SIMPO_TIMES};
+  ImpatientServicesTest() : ServicesTest({.patience = kPatience}) {}
 };
 
 TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
@@ -845,7 +847,7 @@ TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
   EXPECT_EQ(client.Drain().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   // One that has said it stays.
   auto rank = AttachRightly(MustSubmit(JobYaml()).id());
-  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  std::this_thread::sleep_for(kPatience * 3 / 2);
   EXPECT_TRUE(rank->stream->Write(HeartbeatMessage("train")));
   rank->stream->WritesDone();
   EXPECT_TRUE(rank->Drain().ok());
@@ -919,7 +921,7 @@ TEST_F(ImpatientServicesTest, AClientThatNeverReadsLosesItsStream) {
   // More than lies in buffers on the way.
   for (int step = 1; step <= 20; ++step) {
     rank->Say(StepMessage(step));
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    std::this_thread::sleep_for(kPatience / 6);
   }
   v1::WatchJobResponse message;
   int64_t last = 0;

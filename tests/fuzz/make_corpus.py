@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes seeds for the fuzzers into FOLDER: one folder for each target, from the goldens of the tests.
+"""Writes seeds for the fuzzers into FOLDER: one folder for each target, from the goldens of the tests and the job
+files of configs. The services have none: their mutator begins with a good sequence of calls.
 
     make_corpus.py FOLDER
 """
@@ -19,10 +20,26 @@ def write(folder, target, name, content):
         file.write(content if isinstance(content, bytes) else content.encode())
 
 
+def write_job_files(folder):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    for folder_of_files in ("configs", "configs/paper", "tests/simpoctl/testdata"):
+        for name in os.listdir(os.path.join(root, folder_of_files)):
+            if name.endswith(".yaml"):
+                with open(os.path.join(root, folder_of_files, name), "rb") as file:
+                    write(folder, "job_yaml", name, file.read())
+    required = "model_name_or_path: m\ndataset_mixer: {d: 1.0}\n"
+    write(folder, "job_yaml", "set", required + "--set beta=3\n--set resources.ranks_per_node=2")
+    write(folder, "job_yaml", "list", "model_name_or_path: m\ndatasets: [{id: o/d, weight: 0.5, split: train}]\n")
+    write(folder, "job_yaml", "mixture", "model_name_or_path: m\ndataset_mixture: {datasets: [{path: d}], seed: 1}\n")
+    write(folder, "job_yaml", "cpo", required + "loss_type: simpo\nbeta: 2\nsimpo_gamma: 1\ncpo_alpha: 0\nbf16: true\n")
+    write(folder, "job_yaml", "princeton", required + "gamma: 1\nwarmup_steps: 0.1\neval_steps: 5\nlora_r: 8\n")
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = sys.argv[1]
+    write_job_files(folder)
     with open(os.path.join(GOLDENS, "golden.json"), encoding="utf-8") as file:
         golden = json.load(file)
     rows = [item["row"] for item in golden["rows"]]

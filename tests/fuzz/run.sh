@@ -7,8 +7,10 @@ cd "$(dirname "$0")/../.."
 build=${1:?the build folder} seconds=${2:?seconds for each target}
 shift 2
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(rows csv json parquet tokenizer chat_template safetensors manifest)
+[ ${#targets[@]} -gt 0 ] || targets=(rows csv json parquet tokenizer chat_template safetensors manifest job_yaml training_service worker_service)
 tests/fuzz/make_corpus.py "$build/corpus"
+# The services keep databases; in memory they need not wait for a disk.
+[ -w /dev/shm ] && export TMPDIR=/dev/shm
 failed=()
 for target in "${targets[@]}"; do
   echo "== $target"

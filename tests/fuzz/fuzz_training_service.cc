@@ -1,0 +1,35 @@
+// Any calls of users, in any order and with any bytes: see fuzz_services.h.
+#include "simpo/v1/training_service.pb.h"
+#include "tests/fuzz/fuzz_services.h"
+
+namespace simpo {
+namespace {
+
+#define SIMPO_METHOD(kind, name)                                                                        \
+  FuzzMethod {                                                                                          \
+    FuzzMethod::Kind::kind, "/simpo.v1.TrainingService/" #name, &v1::name##Request::default_instance(), \
+        &v1::name##Response::default_instance()                                                         \
+  }
+
+const std::vector<FuzzMethod>& Methods() {
+  static const std::vector<FuzzMethod> methods = {
+      SIMPO_METHOD(kUnary, SubmitJob),         SIMPO_METHOD(kUnary, GetJob),
+      SIMPO_METHOD(kUnary, ListJobs),          SIMPO_METHOD(kUnary, CancelJob),
+      SIMPO_METHOD(kUnary, SetPriority),       SIMPO_METHOD(kServerStream, WatchJob),
+      SIMPO_METHOD(kServerStream, StreamLogs), SIMPO_METHOD(kUnary, ListMetrics),
+      SIMPO_METHOD(kUnary, ListNodes),         SIMPO_METHOD(kUnary, GetServerInfo),
+      {.kind = FuzzMethod::Kind::kEndGang},    {.kind = FuzzMethod::Kind::kLoseGang}};
+  return methods;
+}
+
+}  // namespace
+}  // namespace simpo
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  simpo::RunCalls(simpo::Methods(), data, size);
+  return 0;
+}
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+  return simpo::MutateCalls(simpo::Methods(), data, size, max_size, seed);
+}
