@@ -158,8 +158,8 @@ class FuzzServer {
     options.slots_total = 4;
     options.outputs_dir = dir_ / "outputs";
     options.roots = roots_;
-    options.first_pause = std::chrono::milliseconds(1);
-    options.longest_pause = std::chrono::milliseconds(4);
+    options.restart.first_pause = std::chrono::milliseconds(1);
+    options.restart.longest_pause = std::chrono::milliseconds(4);
     options.stop_grace = options.term_grace = std::chrono::milliseconds(300);
     options.queue.user_quotas = {{"sam", 3}};
     dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
