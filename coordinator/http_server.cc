@@ -246,7 +246,8 @@ class Server final : public HttpServer {
         // What TLS has unpacked already, poll does not tell of.
         return connection.ssl && SSL_pending(connection.ssl.get()) > 0 ? Advance(connection, connections) : true;
       }
-      Answer(connection, end == std::string::npos ? "" : connection.in.substr(0, end + 2));
+      const bool too_large = end == std::string::npos || end > kMaxRequestBytes;
+      Answer(connection, too_large ? "" : connection.in.substr(0, end + 2));
       if (connection.large) MakeRoomForPage(connection, connections);
     }
     while (connection.sent < connection.out.size()) {
