@@ -13,8 +13,7 @@
 
 namespace simpo {
 
-// Read-only pages: /metrics for Prometheus, /healthz, and / with links. Serves on threads of its own, which wait for no
-// client: one that is slow to ask or to read is hung up on, and soonest where many are.
+// Read-only pages: /metrics for Prometheus, /healthz, and / with links. Serves on threads of its own.
 class HttpServer {
  public:
   struct Options {
