@@ -6,6 +6,11 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
 
 #include "coordinator/file_lock.h"
 #include "coordinator/subprocess.h"
@@ -206,6 +211,28 @@ TEST(FileLockTest, OneHolderAndAnybodyMayAsk) {
   }
   EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
   EXPECT_EQ(FileLock::Acquire(dir / "no" / "lock").status().code(), absl::StatusCode::kUnavailable);
+}
+
+// The kernel lets a file of /proc be opened and then fails to read it, when the process ends in between.
+TEST(SubprocessTest, AProcessMayEndWhileItIsLookedAt) {
+  std::atomic<pid_t> pid = getpid();
+  std::atomic<bool> stop = false;
+  std::thread looker([&] {
+    while (!stop) IdentifyProcess(pid);
+  });
+  for (int i = 0; i < 300; ++i) {
+    pid = fork();
+    if (pid == 0) {
+      pause();
+      _exit(0);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    kill(pid, SIGKILL);
+    waitpid(pid, nullptr, 0);
+  }
+  stop = true;
+  looker.join();
+  EXPECT_FALSE(IdentifyProcess(pid));
 }
 
 TEST(SubprocessTest, IdentityAndExitCodes) {
