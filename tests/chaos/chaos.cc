@@ -38,9 +38,9 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr int kSlots = 6;
-constexpr size_t kMostLive = 20;         // jobs that no client adds to
-constexpr int kRoundsBetweenLooks = 20;  // until all jobs are let come to their end and looked at
-constexpr milliseconds kPatience{180'000};
+constexpr size_t kMostLive = 20;            // jobs that no client adds to
+constexpr int kRoundsBetweenLooks = 20;     // until all jobs are let come to their end and looked at
+constexpr milliseconds kPatience{900'000};  // machines are slow at times; a job that hangs does not end at all
 
 struct Options {
   std::string data_dir;
@@ -452,7 +452,7 @@ class Chaos {
   }
 
   void CheckNothingIsLeft() {
-    const Clock::time_point end = Clock::now() + milliseconds(20'000);
+    const Clock::time_point end = Clock::now() + milliseconds(60'000);
     while (Clock::now() < end && !(AttemptProcesses(Data()).empty() && ScratchFolders(Data()).empty())) {
       std::this_thread::sleep_for(milliseconds(100));
     }
@@ -460,6 +460,12 @@ class Chaos {
       history_.Fail(absl::StrCat("process ", process.pid, " of an attempt is left though all jobs have ended"));
     }
     for (const std::string& folder : ScratchFolders(Data())) history_.Fail(absl::StrCat(folder, " is left"));
+    for (const fs::path& outputs : {dir_ / "outputs", Data() / "outputs"}) {
+      std::error_code error;
+      for (const auto& output : fs::directory_iterator(outputs, error)) {
+        if (fs::exists(output.path() / "job.yaml.tmp")) history_.Fail(output.path().string() + "/job.yaml.tmp is left");
+      }
+    }
   }
 
   void KillWhatIsLeft() {
