@@ -4,6 +4,9 @@
 #   make test         all tests           (TEST_ARGS="-L unit" for a part)
 #   make parity       the same steps in live TRL and transformers, and ours (6 GB of Python packages)
 #   make mutants      whether the numeric tests catch planted mistakes
+#   make chaos        kill -9 for an hour: 1,000 rounds on simulated gangs, 100 on real training, 10,000 ranks (CHAOS_SEED=N
+#                     does what an earlier run did)
+#   make soak         two hours of short jobs: what the coordinator takes must stay flat (SOAK_MINUTES=N)
 #   make sanitize     unit tests under the thread sanitizer (control plane), and the address and undefined-behaviour ones
 #   make fuzz         every fuzzer for FUZZ_SECONDS, FUZZ_TARGETS of them, and a million mutated job files
 #   make faults       what real gangs make of broken networks, disks, clocks and clients, in full (root)
@@ -13,10 +16,13 @@ SHELL := /bin/bash
 JOBS ?= $(shell nproc)
 PRESET ?= release
 TEST_ARGS ?=
+CHAOS_SEED ?= $(shell date +%s)
+CHAOS_ROUNDS ?= 1000
+SOAK_MINUTES ?= 120
 FUZZ_SECONDS ?= 1800
 FUZZ_TARGETS ?=
 .DEFAULT_GOAL := build
-.PHONY: deps build test quickstart parity mutants sanitize fuzz faults lint clean
+.PHONY: deps build test quickstart parity mutants chaos soak faults sanitize fuzz lint clean
 
 deps:
 	@deploy/install-deps.sh
@@ -38,6 +44,17 @@ parity: build
 
 mutants: build
 	@tests/parity/mutants.py
+
+chaos: build
+	@build/bin/chaos --data-dir run/chaos --rounds $(CHAOS_ROUNDS) --seed $(CHAOS_SEED)
+	@build/bin/fleet_bench --data-dir run/fleet --gangs 1000 --restart
+	@build/bin/fleet_bench --data-dir run/fleet --gangs 10 --ranks 1000 --tls
+	@SIMPO_BIN_DIR=$(CURDIR)/build/bin SIMPO_CHAOS_SEED=$(CHAOS_SEED) /usr/bin/python3 -B -m pytest -q -s \
+		-p no:cacheprovider --basetemp=run/chaos-training tests/integration/chaos_training.py
+
+soak: build
+	@rm -rf run/soak
+	@build/bin/soak --data-dir run/soak --minutes $(SOAK_MINUTES)
 
 sanitize: deps
 	@cmake --preset tsan --log-level=WARNING && cmake --build --preset tsan -j $(JOBS)

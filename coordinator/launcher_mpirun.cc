@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 
 #include <array>
+#include <fstream>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
@@ -37,6 +38,20 @@ absl::Status MakeDir(const fs::path& dir, fs::perms permissions) {
   return absl::UnavailableError(absl::StrCat("cannot make the folder ", dir.string(), ": ", error.message()));
 }
 
+// Whole or not at all for whoever reads it, but not synced to disk: for what a crash of the machine makes worthless. A
+// thousand gangs are adopted in the time of a few syncs.
+absl::Status ReplaceFile(const fs::path& path, const std::string& content) {
+  const fs::path temporary = path.string() + ".tmp";  // one writer; what a killed one has left is written over
+  std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+  file << content;
+  file.close();
+  std::error_code error;
+  if (file) fs::rename(temporary, path, error);
+  if (file && !error) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat("cannot write ", path.string(), error ? ": " + error.message() : "; is the disk full?"));
+}
+
 }  // namespace
 
 AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const {
@@ -59,7 +74,7 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
   }
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Address(), AddressText()));
   SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Job(), request.job_yaml));
-  SIMPO_RETURN_IF_ERROR(WriteFileAtomically(request.output_dir / "job.yaml", request.job_yaml));  // for the user
+  SIMPO_RETURN_IF_ERROR(ReplaceFile(request.output_dir / "job.yaml", request.job_yaml));  // for the user
   return WriteAttemptSpec(files, {.job_id = request.job_id,
                                   .attempt = request.attempt,
                                   .ranks = request.ranks,
@@ -171,7 +186,7 @@ absl::StatusOr<std::string> MpirunLauncher::ReadSecret(const std::string& job_id
 }
 
 absl::Status MpirunLauncher::PublishAddress(const std::string& job_id, int attempt) {
-  return WriteFileAtomically(Files(job_id, attempt).Address(), AddressText());
+  return ReplaceFile(Files(job_id, attempt).Address(), AddressText());
 }
 
 }  // namespace simpo

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <set>
 #include <sstream>
 
@@ -37,7 +36,9 @@ struct ProcessStat {
 // Fields 3, 4 and 22 of /proc/<pid>/stat; see proc(5). The name in field 2 may hold anything.
 std::optional<ProcessStat> ReadStat(pid_t pid) {
   std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
-  const std::string line((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  // A process that ends in between makes the read fail: getline then has nothing, where an iterator throws.
+  std::string line;
+  std::getline(file, line, '\0');
   const size_t name_end = line.rfind(')');
   if (name_end == std::string::npos) return std::nullopt;
   std::istringstream fields(line.substr(name_end + 1));

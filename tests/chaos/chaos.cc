@@ -38,9 +38,9 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr int kSlots = 6;
-constexpr size_t kMostLive = 20;         // jobs that no client adds to
-constexpr int kRoundsBetweenLooks = 20;  // until all jobs are let come to their end and looked at
-constexpr milliseconds kPatience{180'000};
+constexpr size_t kMostLive = 20;            // jobs that no client adds to
+constexpr int kRoundsBetweenLooks = 20;     // until all jobs are let come to their end and looked at
+constexpr milliseconds kPatience{900'000};  // machines are slow at times; a job that hangs does not end at all
 
 struct Options {
   std::string data_dir;
@@ -68,6 +68,8 @@ class Dice {
 
 struct Counts {
   std::atomic<int64_t> answers = 0, without_answer = 0, submits_again = 0, cancels = 0, priorities = 0, watched = 0;
+  // The coordinator to kill as soon as somebody is told that something is done: nothing may be told too early.
+  std::atomic<pid_t> kill_at_answer = 0;
 };
 
 // One user: its jobs are its own, so what it asked of each of them happened in that order.
@@ -148,8 +150,11 @@ class Client {
     return request;
   }
 
-  // Whether there was an answer.
-  bool Answered(const char* what, const std::string& job, const grpc::Status& status) {
+  // Whether there was an answer; `done`: it says that something will last.
+  bool Answered(const char* what, const std::string& job, const grpc::Status& status, bool done = false) {
+    if (status.ok() && done) {
+      if (const pid_t pid = counts_.kill_at_answer.exchange(0)) kill(pid, SIGKILL);
+    }
     if (status.ok()) return ++counts_.answers > 0;
     ++counts_.without_answer;
     if (!NoAnswer(status)) {
@@ -162,7 +167,9 @@ class Client {
   bool Submit(v1::TrainingService::Stub& stub, const JobHistory::JobPtr& job) {
     v1::SubmitJobResponse response;
     const int64_t asked_at = history_.Now();
-    if (!Answered("submit", job->request_id, stub.SubmitJob(Context().get(), RequestOf(*job), &response))) return false;
+    if (!Answered("submit", job->request_id, stub.SubmitJob(Context().get(), RequestOf(*job), &response),
+                  /*done=*/true))
+      return false;
     history_.SubmitAnswered(*job, response, asked_at);
     jobs_.push_back(job);
     return true;
@@ -193,7 +200,7 @@ class Client {
     v1::CancelJobResponse response;
     history_.CancelTried(job);
     const int64_t asked_at = history_.Now();
-    if (!Answered("cancel", job.id, stub.CancelJob(Context().get(), request, &response))) return;
+    if (!Answered("cancel", job.id, stub.CancelJob(Context().get(), request, &response), /*done=*/true)) return;
     history_.CancelAnswered(job, response.job(), asked_at);
   }
 
@@ -206,7 +213,7 @@ class Client {
     history_.PriorityTried(job, request.priority());
     const grpc::Status status = stub.SetPriority(Context().get(), request, &response);
     if (status.error_code() == grpc::StatusCode::FAILED_PRECONDITION) return;  // it has ended
-    if (Answered("priority", job.id, status)) history_.PriorityAnswered(job, request.priority());
+    if (Answered("priority", job.id, status, /*done=*/true)) history_.PriorityAnswered(job, request.priority());
   }
 
   void Get(v1::TrainingService::Stub& stub, TrackedJob& job) {
@@ -364,7 +371,11 @@ class Chaos {
         CheckList();
         dice_.Pause(20, dice_.Percent(10) ? 3'000 : 700);
         if (dice_.Percent(15)) KillOneProcess();
-        if (dice_.Percent(50)) dice_.Pause(0, 300);
+        if (dice_.Percent(50)) {
+          counts_.kill_at_answer = coordinator_->pid();
+          for (int i = 0; i < 500 && !coordinator_->HasEnded(); ++i) std::this_thread::sleep_for(milliseconds(2));
+          killed_at_answer_ += counts_.kill_at_answer.exchange(0) == 0;
+        }
       }
     }
     service_.Vanish();
@@ -452,7 +463,7 @@ class Chaos {
   }
 
   void CheckNothingIsLeft() {
-    const Clock::time_point end = Clock::now() + milliseconds(20'000);
+    const Clock::time_point end = Clock::now() + milliseconds(60'000);
     while (Clock::now() < end && !(AttemptProcesses(Data()).empty() && ScratchFolders(Data()).empty())) {
       std::this_thread::sleep_for(milliseconds(100));
     }
@@ -460,6 +471,12 @@ class Chaos {
       history_.Fail(absl::StrCat("process ", process.pid, " of an attempt is left though all jobs have ended"));
     }
     for (const std::string& folder : ScratchFolders(Data())) history_.Fail(absl::StrCat(folder, " is left"));
+    for (const fs::path& outputs : {dir_ / "outputs", Data() / "outputs"}) {
+      std::error_code error;
+      for (const auto& output : fs::directory_iterator(outputs, error)) {
+        if (fs::exists(output.path() / "job.yaml.tmp")) history_.Fail(output.path().string() + "/job.yaml.tmp is left");
+      }
+    }
   }
 
   void KillWhatIsLeft() {
@@ -472,17 +489,18 @@ class Chaos {
     for (const auto& [state, count] : figures.states) absl::StrAppend(&states, " ", count, " ", JobStateName(state));
     std::printf(
         "%4d rounds in %.0f s: %lld jobs tried, %lld acknowledged; ended:%s; %lld gangs started; killed: %d "
-        "coordinators in their start, %d others (%d stopped in order), %d supervisors, %d gangs\n"
+        "coordinators in their start, %d at an answer, %d others (%d stopped in order), %d supervisors, %d gangs\n"
         "     %lld calls answered, %lld without an answer; %lld submits again, %lld cancels, %lld priorities; %lld "
         "events "
         "(%lld of them watched), %lld points; a start takes %d ms\n",
         round, std::chrono::duration<double>(Clock::now() - begin).count(), static_cast<long long>(figures.jobs),
         static_cast<long long>(figures.acked), states.c_str(), static_cast<long long>(figures.attempts),
-        killed_in_start_, round - killed_in_start_ - stopped_, stopped_, killed_supervisors_, killed_gangs_,
-        static_cast<long long>(counts_.answers), static_cast<long long>(counts_.without_answer),
-        static_cast<long long>(counts_.submits_again), static_cast<long long>(counts_.cancels),
-        static_cast<long long>(counts_.priorities), static_cast<long long>(figures.events),
-        static_cast<long long>(counts_.watched), static_cast<long long>(figures.points), start_us_ / 1000);
+        killed_in_start_, killed_at_answer_, round - killed_in_start_ - killed_at_answer_ - stopped_, stopped_,
+        killed_supervisors_, killed_gangs_, static_cast<long long>(counts_.answers),
+        static_cast<long long>(counts_.without_answer), static_cast<long long>(counts_.submits_again),
+        static_cast<long long>(counts_.cancels), static_cast<long long>(counts_.priorities),
+        static_cast<long long>(figures.events), static_cast<long long>(counts_.watched),
+        static_cast<long long>(figures.points), start_us_ / 1000);
     std::fflush(stdout);
   }
 
@@ -496,7 +514,7 @@ class Chaos {
   std::atomic<bool> stop_ = false, pause_ = false;
   std::shared_mutex acting_;
   int start_us_ = 50'000;
-  int killed_in_start_ = 0, stopped_ = 0, killed_supervisors_ = 0, killed_gangs_ = 0;
+  int killed_in_start_ = 0, killed_at_answer_ = 0, stopped_ = 0, killed_supervisors_ = 0, killed_gangs_ = 0;
 };
 
 int Main(int argc, char** argv) {

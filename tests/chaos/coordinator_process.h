@@ -17,7 +17,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -130,7 +129,9 @@ struct AttemptProcess {
 inline std::vector<AttemptProcess> AttemptProcesses(const std::filesystem::path& data_dir) {
   const auto read = [](const std::string& path) {
     std::ifstream file(path, std::ios::binary);
-    return std::string((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    std::string text;
+    for (std::string part; std::getline(file, part, '\0'); text += '\0') text += part;
+    return text;
   };
   const std::string attempts = (data_dir / "attempts").string() + "/";
   std::vector<AttemptProcess> found;

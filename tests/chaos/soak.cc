@@ -41,6 +41,7 @@ using std::chrono::seconds;
 constexpr int kSlots = 8;
 constexpr double kLeastMinutes = 20;                               // for a verdict
 constexpr char kHistoryDays[] = "0.0007", kFullDays[] = "0.0002";  // a minute; 17 seconds
+constexpr int64_t kMostLive = 40;                                  // on a machine that is too slow for the rate
 constexpr auto kKeepOutputs = seconds(120);
 
 struct Options {
@@ -178,7 +179,8 @@ class Soak {
       }
       const auto next =
           begin + milliseconds(static_cast<int64_t>(1e3 * static_cast<double>(number) / options_.jobs_per_second));
-      std::this_thread::sleep_until(std::min(next, Clock::now() + seconds(5)));
+      std::this_thread::sleep_until(next);
+      while (live_ > kMostLive && !stop_) std::this_thread::sleep_for(milliseconds(100));
     }
   }
 
@@ -212,6 +214,7 @@ class Soak {
       const auto jobs = ListJobs(*stub, 0, &status);
       Check("a list", status);
       listed_ = static_cast<int64_t>(jobs->size());
+      live_ = std::count_if(jobs->begin(), jobs->end(), [](const v1::Job& job) { return !IsFinal(job.state()); });
       std::vector<v1::MetricPoint> points;
       if (const std::string id = AnyJob(i); !id.empty()) (void)ListPoints(*stub, id, &points);
     }
@@ -279,7 +282,7 @@ class Soak {
   std::unique_ptr<CoordinatorProcess> coordinator_;
   Service service_;
   std::atomic<bool> stop_ = false;
-  std::atomic<int64_t> submitted_ = 0, listed_ = 0;
+  std::atomic<int64_t> submitted_ = 0, listed_ = 0, live_ = 0;
   std::mutex mutex_;
   std::deque<std::string> newest_;  // guarded by mutex_
   std::vector<double> submit_ms_;   // guarded by mutex_

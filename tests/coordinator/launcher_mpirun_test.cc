@@ -7,6 +7,10 @@
 #include <signal.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
 
 #include "coordinator/file_lock.h"
 #include "coordinator/subprocess.h"
@@ -248,6 +252,28 @@ TEST(SubprocessTest, ASignalReachesTheProcessThatWasMeantOrNone) {
   EXPECT_EQ(waitpid(pid, &status, 0), pid);
   EXPECT_EQ(ExitCodeOfWaitStatus(status), 137);
   EXPECT_FALSE(SignalProcess(identity, SIGKILL));
+}
+
+// The kernel lets a file of /proc be opened and then fails to read it, when the process ends in between.
+TEST(SubprocessTest, AProcessMayEndWhileItIsLookedAt) {
+  std::atomic<pid_t> pid = getpid();
+  std::atomic<bool> stop = false;
+  std::thread looker([&] {
+    while (!stop) IdentifyProcess(pid);
+  });
+  for (int i = 0; i < 300; ++i) {
+    pid = fork();
+    if (pid == 0) {
+      pause();
+      _exit(0);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    kill(pid, SIGKILL);
+    waitpid(pid, nullptr, 0);
+  }
+  stop = true;
+  looker.join();
+  EXPECT_FALSE(IdentifyProcess(pid));
 }
 
 TEST(SubprocessTest, IdentityAndExitCodes) {
