@@ -179,8 +179,7 @@ void ConvertBf16(JobReading* reading) {
   const std::string text = ScalarText(bf16->value);
   const std::optional<bool> on = text == "auto" ? std::optional<bool>(false) : ToBool(text);
   if (!on) {
-    reading->Violation(bf16->written, bf16->line,
-                       absl::StrCat("must be true or false, not '", OneLine(text, 80), "'"));
+    reading->Violation(bf16->written, bf16->line, absl::StrCat("must be true or false, not '", OneLine(text, 80), "'"));
     return;
   }
   if (!*on) return;
