@@ -4,7 +4,7 @@
 #   make test         all tests           (TEST_ARGS="-L unit" for a part)
 #   make parity       the same steps in live TRL and transformers, and ours (6 GB of Python packages)
 #   make mutants      whether the numeric tests catch planted mistakes
-#   make chaos        kill -9 for an hour: 1,000 rounds on simulated gangs, 100 on real training, 10,000 ranks (CHAOS_SEED=N
+#   make chaos        kill -9: 1,000 rounds on simulated gangs, 100 on real training, 10,000 ranks (CHAOS_SEED=N
 #                     does what an earlier run did)
 #   make soak         two hours of short jobs: what the coordinator takes must stay flat (SOAK_MINUTES=N)
 #   make sanitize     unit tests under the thread sanitizer (control plane), and the address and undefined-behaviour ones
