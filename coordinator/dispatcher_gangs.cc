@@ -143,7 +143,7 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
   rank.health.attached = true;
   rank.health.finished = false;
   rank.health.last_heard = rank.health.last_moved = now.steady;
-  rank.health.hostname = hello.hostname().substr(0, kMaxHostnameBytes);
+  rank.health.hostname = ToUtf8(hello.hostname(), kMaxHostnameBytes);
   rank.pid = hello.pid();
   rank.last_heard_ms = now.unix_ms;
   v1::JobProgress& progress = *record->job.mutable_progress();
