@@ -311,8 +311,8 @@ void Parser::FillInCompat() {
 // What no single key can tell.
 void Parser::CheckTogether() {
   const JobConfig& config = config_;
-  auto violation = [&](const char* key, const char* line_of, std::string description) {
-    if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), std::move(description));
+  auto violation = [&](const char* key, const char* line_of, const std::string& description) {
+    if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), description);
   };
   if (config.model_name_or_path.empty()) {
     violation("model_name_or_path", "model_name_or_path", "required: the folder of the model to train");
@@ -352,9 +352,9 @@ void Parser::CheckTogether() {
 // Every checkpoint must have an evaluation to be judged by, as in transformers.
 void Parser::CheckBestModel() {
   const JobConfig& config = config_;
-  auto violation = [&](const char* key, std::string description) {
+  auto violation = [&](const char* key, const std::string& description) {
     const char* line_of = Given(key) ? key : "load_best_model_at_end";
-    if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), std::move(description));
+    if (!IsWrong(key)) reading_.Violation(key, reading_.LineOf(line_of), description);
   };
   const bool saves = config.save_strategy == "steps" || config.save_strategy == "epoch";
   if (!saves || config.eval_strategy != config.save_strategy) {
