@@ -87,7 +87,7 @@ TEST(Format, Tables) {
 
 TEST(Format, OthersCannotDriveTheTerminal) {
   const std::string table = FormatTable({{"a\x1b[2Jb\nc\x7f\xc2\x9b", "x"}});
-  EXPECT_EQ(table, "a [2Jb c     x\n");
+  EXPECT_EQ(table, "a [2Jb c    x\n");
 }
 
 TEST(Format, ClipCountsCharactersNotBytes) {
