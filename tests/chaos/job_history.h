@@ -318,7 +318,10 @@ class JobHistory {
       if (loss == point.values().end() || loss->second != run.loss()) {
         return FailLocked(absl::StrCat(name, ": step ", step, " has another loss than an undisturbed run"));
       }
-      if (point.attempt() < attempt) FailLocked(absl::StrCat(name, ": step ", step, " is of an earlier attempt"));
+      // The last attempt may have stopped before it did again all that an earlier one had done.
+      if (point.attempt() < attempt && step <= shown.progress().step()) {
+        FailLocked(absl::StrCat(name, ": step ", step, " is of an earlier attempt"));
+      }
       attempt = point.attempt();
     }
     if (!job.settled) points_ += step;
