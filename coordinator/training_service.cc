@@ -103,6 +103,16 @@ class UnaryCall {
   std::shared_ptr<State> state_;
 };
 
+// Answers a call with what another thread has found, if its time is not up. `job`: as of Finish.
+template <typename Response>
+auto AnswerLater(const UnaryCall& call, Response* response, const std::string& job = "") {
+  return [call, response, job](absl::StatusOr<Response> result) {
+    if (!call.Claim()) return;
+    if (result.ok()) response->Swap(&*result);
+    call.Finish(result.status(), job);
+  };
+}
+
 // A stream that ends at once.
 template <typename Response>
 class EndedStream final : public grpc::ServerWriteReactor<Response> {
@@ -231,11 +241,7 @@ grpc::ServerUnaryReactor* TrainingService::ChangeJob(grpc::CallbackServerContext
     return call.Finish(status, id);
   }
   call.LimitTime();
-  change(id, [call, id, response](absl::StatusOr<Response> result) {
-    if (!call.Claim()) return;
-    if (result.ok()) response->Swap(&*result);
-    call.Finish(result.status(), id);
-  });
+  change(id, AnswerLater(call, response, id));
   return call.reactor();
 }
 
@@ -276,13 +282,9 @@ grpc::ServerUnaryReactor* TrainingService::DrainNode(grpc::CallbackServerContext
   }
   call.LimitTime();
   const std::string who = call.caller().user.empty() ? "" : absl::StrCat(" by ", call.caller().user);
-  parts_.controller.SetDrained(
-      request->node(), request->reason().empty() ? absl::StrCat("drained", who) : request->reason(),
-      request->keep_running(), [call, response, name = request->node()](absl::StatusOr<v1::NodeState> node) {
-        if (!call.Claim()) return;
-        if (node.ok()) response->mutable_node()->Swap(&*node);
-        call.Finish(node.status(), name);
-      });
+  parts_.controller.SetDrained(request->node(),
+                               request->reason().empty() ? absl::StrCat("drained", who) : request->reason(),
+                               request->keep_running(), AnswerLater(call, response->mutable_node(), request->node()));
   return call.reactor();
 }
 
@@ -293,11 +295,7 @@ grpc::ServerUnaryReactor* TrainingService::UndrainNode(grpc::CallbackServerConte
   if (!call.admitted()) return call.Refuse();
   call.LimitTime();
   parts_.controller.SetDrained(request->node(), /*reason=*/"", /*keep_running=*/true,
-                               [call, response, name = request->node()](absl::StatusOr<v1::NodeState> node) {
-                                 if (!call.Claim()) return;
-                                 if (node.ok()) response->mutable_node()->Swap(&*node);
-                                 call.Finish(node.status(), name);
-                               });
+                               AnswerLater(call, response->mutable_node(), request->node()));
   return call.reactor();
 }
 
@@ -307,11 +305,7 @@ grpc::ServerUnaryReactor* TrainingService::ListNodes(grpc::CallbackServerContext
   const UnaryCall call(context, parts_, "ListNodes");
   if (!call.admitted()) return call.Refuse();
   call.LimitTime();
-  parts_.controller.ListNodes(*request, [call, response](absl::StatusOr<v1::ListNodesResponse> result) {
-    if (!call.Claim()) return;
-    if (result.ok()) response->Swap(&*result);
-    call.Finish(result.status());
-  });
+  parts_.controller.ListNodes(*request, AnswerLater(call, response));
   return call.reactor();
 }
 
