@@ -79,17 +79,19 @@ std::vector<std::string> NodeNames(const v1::Attempt& attempt) {
   return names;
 }
 
-v1::RankState RankStateOf(int number, const Rank& rank) {
+v1::RankState RankStateOf(int number, const Gang& gang) {
+  const Rank& rank = gang.ranks[number];
+  const RankHealth& health = gang.health[number];
   v1::RankState state;
   state.set_rank(number);
-  state.set_hostname(rank.health.hostname);
+  state.set_hostname(health.hostname);
   state.set_pid(rank.pid);
   state.set_connected(rank.channel != nullptr);
   *state.mutable_heard_time() = ToTimestamp(rank.last_heard_ms);
-  const v1::Heartbeat& heartbeat = rank.health.heartbeat;
+  const v1::Heartbeat& heartbeat = health.heartbeat;
   state.set_phase(heartbeat.phase());
   state.set_step(heartbeat.step());
-  state.set_busy_seconds(rank.health.busy_seconds);
+  state.set_busy_seconds(health.busy_seconds);
   state.set_last_collective(DescribeCollective(heartbeat));
   state.set_memory_peak_bytes(heartbeat.memory_peak_bytes());
   return state;
@@ -132,7 +134,7 @@ std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
     view->secret = record.gang->secret;
     for (size_t rank = 0; rank < record.gang->ranks.size(); ++rank) {
       if (record.gang->ranks[rank].last_heard_ms != 0) {
-        view->ranks.push_back(RankStateOf(static_cast<int>(rank), record.gang->ranks[rank]));
+        view->ranks.push_back(RankStateOf(static_cast<int>(rank), *record.gang));
       }
     }
   }
@@ -503,7 +505,7 @@ void Dispatcher::Checkpoint(const std::string& job_id, Moment now, CheckpointDon
   if (record == nullptr) return done(absl::NotFoundError(absl::StrCat("there is no job '", job_id, "'")));
   const v1::Job& job = record->job;
   const bool trains = job.state() == v1::JOB_STATE_RUNNING && record->gang && !record->gang->stop_asked &&
-                      !record->gang->terminated && !record->gang->ranks[0].health.finished;
+                      !record->gang->terminated && !record->gang->health[0].finished;
   if (!trains) {
     return done(absl::FailedPreconditionError(absl::StrCat("job ", job_id, " is ", JobStateName(job.state()),
                                                            "; only a job that trains can write a checkpoint")));
@@ -601,6 +603,7 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
   if (job.attempt() == 1 && IsUnused(job.output_dir())) job.mutable_progress()->set_phase("prepare");
   record.gang.emplace();
   record.gang->ranks.resize(job.ranks());
+  record.gang->health.resize(job.ranks());
   record.worker_events.clear();
   Apply(record, JobTrigger::kSlotsAssigned, "launched",
         absl::StrCat("starting attempt ", job.attempt(), " on ", job.ranks(), job.ranks() == 1 ? " rank" : " ranks"),

@@ -60,11 +60,11 @@ std::string ExitText(int exit_code) {
 }
 
 bool AllAttached(const Gang& gang) {
-  return std::all_of(gang.ranks.begin(), gang.ranks.end(), [](const Rank& rank) { return rank.health.attached; });
+  return std::all_of(gang.health.begin(), gang.health.end(), [](const RankHealth& health) { return health.attached; });
 }
 
 bool AnyAttached(const Gang& gang) {
-  return std::any_of(gang.ranks.begin(), gang.ranks.end(), [](const Rank& rank) { return rank.health.attached; });
+  return std::any_of(gang.health.begin(), gang.health.end(), [](const RankHealth& health) { return health.attached; });
 }
 
 }  // namespace
@@ -89,12 +89,13 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
   const v1::Job& job = record.job;
   Gang& gang = record.gang.emplace();
   gang.ranks.resize(job.ranks());
+  gang.health.resize(job.ranks());
   if (job.state() == v1::JOB_STATE_LAUNCHING) {
     launches_.push_back(&record);  // starts it, or finds that it was started
   } else {
     gang.launched = true;
     // Its ranks had reported; they have as long to be back as they may be silent.
-    for (Rank& rank : gang.ranks) rank.health = {.attached = true, .last_heard = now.steady, .last_moved = now.steady};
+    gang.health.assign(gang.ranks.size(), {.attached = true, .last_heard = now.steady, .last_moved = now.steady});
   }
   absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
   if (secret.ok()) {
@@ -140,10 +141,11 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
   const bool were_all = AllAttached(*gang);
   rank.channel = channel;
   rank.welcomed = false;
-  rank.health.attached = true;
-  rank.health.finished = false;
-  rank.health.last_heard = rank.health.last_moved = now.steady;
-  rank.health.hostname = ToUtf8(hello.hostname(), kMaxHostnameBytes);
+  RankHealth& health = gang->health[hello.rank()];
+  health.attached = true;
+  health.finished = false;
+  health.last_heard = health.last_moved = now.steady;
+  health.hostname = ToUtf8(hello.hostname(), kMaxHostnameBytes);
   rank.pid = hello.pid();
   rank.last_heard_ms = now.unix_ms;
   v1::JobProgress& progress = *record->job.mutable_progress();
@@ -188,13 +190,14 @@ void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, M
   Gang* gang = GangOf(from, &record);
   if (gang == nullptr) return;
   Rank& rank = gang->ranks[from.rank];
-  rank.health.last_heard = now.steady;
+  RankHealth& health = gang->health[from.rank];
+  health.last_heard = now.steady;
   rank.last_heard_ms = now.unix_ms;
   if (!std::exchange(record->heard, true)) heard_.push_back(record);
   if (message.has_heartbeat()) {
     TakeHeartbeat(*record, from, message.heartbeat(), now);
   }
-  if (message.has_step()) rank.health.last_moved = now.steady;
+  if (message.has_step()) health.last_moved = now.steady;
   if (message.has_step() && from.rank == 0) TakeReport(*record, message.step(), now);
   if (message.has_event()) TakeWorkerEvent(*record, from, message.event(), now);
 }
@@ -214,7 +217,7 @@ void Dispatcher::TakeHeartbeat(JobRecord& record, const RankId& from, const v1::
   const bool well_formed =
       heartbeat.phase().size() <= kMaxEventTypeBytes && heartbeat.collective().verb().size() <= kMaxEventTypeBytes;
   if (!well_formed) return;
-  simpo::TakeHeartbeat(heartbeat, now.steady, &record.gang->ranks[from.rank].health);
+  simpo::TakeHeartbeat(heartbeat, now.steady, &record.gang->health[from.rank]);
   if (from.rank != 0 || heartbeat.phase().empty()) return;
   // The step is not taken from here: it goes with its metrics.
   v1::JobProgress& progress = *record.job.mutable_progress();
@@ -295,7 +298,7 @@ void Dispatcher::AcknowledgeReports(JobRecord& record) {
 void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1::WorkerEvent& event, Moment now) {
   Gang& gang = *record.gang;
   if (event.type() == "finished" || event.type() == "error") {
-    gang.ranks[from.rank].health.finished = true;
+    gang.health[from.rank].finished = true;
     if (event.type() == "finished" || !gang.error.empty()) return;
     gang.error = ToUtf8(event.message(), kMaxEventMessageBytes);
   } else if (from.rank != 0) {
@@ -365,9 +368,9 @@ void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration s
     if (!record->gang) continue;
     Gang& gang = *record->gang;
     if (gang.started) gang.started = std::min(now.steady, *gang.started + since_tick);
-    for (Rank& rank : gang.ranks) {
-      rank.health.last_heard = std::min(now.steady, rank.health.last_heard + since_tick);
-      rank.health.last_moved = std::min(now.steady, rank.health.last_moved + since_tick);
+    for (RankHealth& health : gang.health) {
+      health.last_heard = std::min(now.steady, health.last_heard + since_tick);
+      health.last_moved = std::min(now.steady, health.last_moved + since_tick);
     }
   }
 }
@@ -432,18 +435,15 @@ void Dispatcher::LookAtRanks(JobRecord& record, Moment now) {
     return EndForFault(
         record, {absl::StrCat("model and data were not prepared within ", limit.count(), " s; see launcher.log")}, now);
   }
-  std::vector<RankHealth> ranks;
-  ranks.reserve(gang.ranks.size());
-  for (const Rank& rank : gang.ranks) ranks.push_back(rank.health);
-  if (auto fault = FindHungRank(now.steady, gang.started, ranks, options_.liveness)) {
+  if (auto fault = FindHungRank(now.steady, gang.started, gang.health, options_.liveness)) {
     return EndForFault(record, *std::move(fault), now);
   }
-  if (const std::optional<std::string> stalled = FindStalledRank(now.steady, ranks, options_.liveness)) {
+  if (const std::optional<std::string> stalled = FindStalledRank(now.steady, gang.health, options_.liveness)) {
     // Once for a step, so that micro-batches that take as long each time are not told of each time.
-    const int64_t step = gang.ranks[0].health.heartbeat.step();
+    const int64_t step = gang.health[0].heartbeat.step();
     if (std::exchange(gang.stall_told, step) != step) AddEvent(record, "rank_stalled", *stalled, now.unix_ms);
   }
-  if (const std::optional<Straggler> straggler = FindStraggler(ranks)) {
+  if (const std::optional<Straggler> straggler = FindStraggler(gang.health)) {
     if (gang.stragglers.insert(straggler->rank).second) AddEvent(record, "straggler", straggler->text, now.unix_ms);
   }
 }
@@ -456,8 +456,8 @@ void Dispatcher::EndForFault(JobRecord& record, HungRank fault, Moment now) {
 
 void Dispatcher::Escalate(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
-  const bool saving = std::any_of(gang.ranks.begin(), gang.ranks.end(), [](const Rank& rank) {
-    return !rank.health.finished && rank.health.heartbeat.phase() == "checkpoint";
+  const bool saving = std::any_of(gang.health.begin(), gang.health.end(), [](const RankHealth& health) {
+    return !health.finished && health.heartbeat.phase() == "checkpoint";
   });
   const milliseconds grace = saving ? std::max(options_.stop_grace, options_.liveness.checkpoint) : options_.stop_grace;
   if (gang.stop_asked && now.steady - *gang.stop_asked > grace) Terminate(record, now);
@@ -482,7 +482,7 @@ std::string Dispatcher::DescribeEnd(const JobRecord& record, std::optional<int> 
 void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
   // Without a phase the files may be another run's; see Launch.
-  if (record.job.progress().phase().empty() || gang.ranks[0].health.finished) return;
+  if (record.job.progress().phase().empty() || gang.health[0].finished) return;
   const fs::path output_dir = record.job.output_dir();
   const int attempt = record.job.attempt();
   int64_t after = std::max(gang.last_step, record.attempts.back().first_step());

@@ -36,7 +36,6 @@ struct RankId {
 };
 
 struct Rank {
-  RankHealth health;
   int64_t pid = 0;                       // on its machine
   int64_t last_heard_ms = 0;             // Unix time, for the metrics page
   std::shared_ptr<RankChannel> channel;  // empty while the rank is not connected
@@ -48,6 +47,7 @@ struct Gang {
   bool launched = false;  // the launcher knows of it; before that there is nothing to look after
   std::string secret;
   std::vector<Rank> ranks;
+  std::vector<RankHealth> health;  // of each rank
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
   SteadyTime phase_since{};           // when the launcher said so first
   std::optional<SteadyTime> started;  // when mpirun ran, or when this coordinator found it
