@@ -34,6 +34,9 @@ CREATE TABLE events (
   event BLOB NOT NULL,                -- simpo.v1.JobEvent
   PRIMARY KEY (job, sequence)
 ) WITHOUT ROWID;
+)";
+// Since schema 3.
+constexpr char kDrainedNodes[] = R"(
 CREATE TABLE drained_nodes (
   node TEXT PRIMARY KEY,
   reason TEXT NOT NULL
@@ -64,9 +67,7 @@ absl::Status MovePoints(Sqlite& db, const std::filesystem::path& metrics_path) {
 
 absl::Status Upgrade(Sqlite& db, int64_t from, const std::filesystem::path& metrics_path) {
   if (from < 2) SIMPO_RETURN_IF_ERROR(MovePoints(db, metrics_path));
-  return db.Execute(
-      "BEGIN IMMEDIATE; CREATE TABLE drained_nodes (node TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;"
-      "PRAGMA user_version=3; COMMIT");
+  return db.Execute(absl::StrCat("BEGIN IMMEDIATE;", kDrainedNodes, "PRAGMA user_version=3; COMMIT"));
 }
 
 }  // namespace
@@ -86,9 +87,9 @@ absl::Status EnsureSchema(Sqlite& db, const std::filesystem::path& path, int ver
 
 absl::StatusOr<std::unique_ptr<Database>> Database::Open(const std::filesystem::path& path) {
   SIMPO_ASSIGN_OR_RETURN(Sqlite writer, Sqlite::Open(path, /*read_only=*/false));
-  SIMPO_RETURN_IF_ERROR(EnsureSchema(writer, path, kSchemaVersion, kSchema, [&](int64_t from) {
-    return Upgrade(writer, from, path.parent_path() / kMetricsFile);
-  }));
+  SIMPO_RETURN_IF_ERROR(
+      EnsureSchema(writer, path, kSchemaVersion, absl::StrCat(kSchema, kDrainedNodes).c_str(),
+                   [&](int64_t from) { return Upgrade(writer, from, path.parent_path() / kMetricsFile); }));
   SIMPO_ASSIGN_OR_RETURN(Sqlite reader, Sqlite::Open(path, /*read_only=*/true));
   return absl::WrapUnique(new Database(std::move(writer), std::move(reader)));
 }
