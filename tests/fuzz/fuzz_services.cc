@@ -379,9 +379,10 @@ class FuzzServer {
 
   // It answers a good call, and every job can be shown.
   void CheckStillWell() {
-    static const FuzzMethod list =
-        UnaryMethod("/simpo.v1.TrainingService/ListJobs", v1::ListJobsRequest::default_instance(),
-                    v1::ListJobsResponse::default_instance());
+    static const FuzzMethod list = {.kind = Kind::kUnary,
+                                    .rpc = "/simpo.v1.TrainingService/ListJobs",
+                                    .request = &v1::ListJobsRequest::default_instance(),
+                                    .response = &v1::ListJobsResponse::default_instance()};
     grpc::ClientContext context;
     Sign(&context, 15);
     Bytes response;
@@ -654,10 +655,6 @@ void MutateRequest(const FuzzMethod& method, FuzzCall& call, Random& random) {
 
 std::string JobReference(int n) { return std::string(kIdLength - 1, '~') + static_cast<char>('0' + n); }
 
-FuzzMethod UnaryMethod(const char* rpc, const pb::Message& request, const pb::Message& response) {
-  return {.kind = Kind::kUnary, .rpc = rpc, .request = &request, .response = &response};
-}
-
 std::vector<FuzzCall> ParseCalls(const uint8_t* data, size_t size) {
   std::vector<FuzzCall> calls;
   while (size >= 4 && calls.size() < kMaxCalls) {
@@ -736,3 +733,12 @@ size_t MutateCalls(const std::vector<FuzzMethod>& methods, uint8_t* data, size_t
 }
 
 }  // namespace simpo
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  simpo::RunCalls(simpo::FuzzMethods(), data, size);
+  return 0;
+}
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+  return simpo::MutateCalls(simpo::FuzzMethods(), data, size, max_size, seed);
+}

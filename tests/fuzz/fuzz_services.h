@@ -11,9 +11,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -49,18 +46,14 @@ struct FuzzMethod {
   const google::protobuf::Message* response = nullptr;  // likewise
 };
 
-// A request as a well-behaved client would send it.
-using MakeRequest = std::function<std::string(const FuzzMethod&, std::mt19937_64&)>;
+// Of the fuzzer: each has its own.
+const std::vector<FuzzMethod>& FuzzMethods();
 
 // Makes the calls of an input, one after the other, against a coordinator that lives for many inputs. Aborts, with a
 // word on standard error, where an answer is not what it must be.
 void RunCalls(const std::vector<FuzzMethod>& methods, const uint8_t* data, size_t size);
 // Changes one thing or a few: of a message by its fields, or bytes, or the order of the calls.
 size_t MutateCalls(const std::vector<FuzzMethod>& methods, uint8_t* data, size_t size, size_t max_size, unsigned seed);
-
-// Of a rank's stream and of users, for both fuzzers.
-FuzzMethod UnaryMethod(const char* rpc, const google::protobuf::Message& request,
-                       const google::protobuf::Message& response);
 
 }  // namespace simpo
 

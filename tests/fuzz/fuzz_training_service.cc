@@ -6,7 +6,6 @@
 #include "tests/fuzz/fuzz_services.h"
 
 namespace simpo {
-namespace {
 
 #define SIMPO_METHOD(kind, name)                                                                        \
   FuzzMethod {                                                                                          \
@@ -14,7 +13,7 @@ namespace {
         &v1::name##Response::default_instance()                                                         \
   }
 
-const std::vector<FuzzMethod>& Methods() {
+const std::vector<FuzzMethod>& FuzzMethods() {
   static const std::vector<FuzzMethod> methods = {
       SIMPO_METHOD(kUnary, SubmitJob),         SIMPO_METHOD(kUnary, GetJob),
       SIMPO_METHOD(kUnary, ListJobs),          SIMPO_METHOD(kUnary, CancelJob),
@@ -33,14 +32,4 @@ const std::vector<FuzzMethod>& Methods() {
   return methods;
 }
 
-}  // namespace
 }  // namespace simpo
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  simpo::RunCalls(simpo::Methods(), data, size);
-  return 0;
-}
-
-extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
-  return simpo::MutateCalls(simpo::Methods(), data, size, max_size, seed);
-}

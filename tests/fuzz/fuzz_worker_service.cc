@@ -4,9 +4,8 @@
 #include "tests/fuzz/fuzz_services.h"
 
 namespace simpo {
-namespace {
 
-const std::vector<FuzzMethod>& Methods() {
+const std::vector<FuzzMethod>& FuzzMethods() {
   using Kind = FuzzMethod::Kind;
   const auto& up = v1::AttachRequest::default_instance();
   const auto& down = v1::AttachResponse::default_instance();
@@ -33,14 +32,4 @@ const std::vector<FuzzMethod>& Methods() {
   return methods;
 }
 
-}  // namespace
 }  // namespace simpo
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  simpo::RunCalls(simpo::Methods(), data, size);
-  return 0;
-}
-
-extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
-  return simpo::MutateCalls(simpo::Methods(), data, size, max_size, seed);
-}
