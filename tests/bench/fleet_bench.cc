@@ -43,9 +43,9 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kHeartbeat{2'000};
-constexpr milliseconds kFirstBackoff{200}, kMaxBackoff{10'000};  // as in worker/coordinator_client.cc
-constexpr int kConnectingAtATime = 64;                           // in the beginning; after a restart all come at once
-constexpr double kMostKiB = 256;                                 // of a connection, counted from 1,000 of them
+constexpr milliseconds kFirstBackoff{200}, kMaxBackoff{5'000};  // as in worker/coordinator_client.cc
+constexpr int kConnectingAtATime = 64;                          // in the beginning; after a restart all come at once
+constexpr double kMostKiB = 256;                                // of a connection, counted from 1,000 of them
 
 struct Options {
   std::string data_dir;
@@ -531,7 +531,7 @@ class Bench {
     std::printf(
         "after kill -9 and %.1f s without a coordinator: all %d gangs are adopted after %.2f s (at most %.0f), all %zu "
         "ranks "
-        "are back after %.2f s (they try again every 10 s at the most)\n",
+        "are back after %.2f s (they try again every 5 s at the most)\n",
         options_.outage_s, options_.gangs, adopted, options_.most_seconds, fleet_->size(), attached);
     if (adopted > options_.most_seconds) Fail("adoption took too long");
     if (!all) Fail("not all ranks are back");
