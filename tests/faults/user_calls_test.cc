@@ -2,9 +2,7 @@
 #include <gmock/gmock.h>
 #include <google/protobuf/descriptor.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <cstdio>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -13,6 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "cardboard_service.h"
 #include "cut_proxy.h"
+#include "tests/simpoctl/run_simpoctl.h"
 
 namespace simpo {
 namespace {
@@ -23,28 +22,10 @@ constexpr CutAt kPlaces[] = {CutAt::kRequest, CutAt::kDelivered, CutAt::kAnswer,
 
 std::string PathOf(const std::string& method) { return absl::StrCat("/simpo.v1.TrainingService/", method); }
 
-struct Outcome {
-  int code = -1;
-  std::string out;
-  std::string err;
-};
-
 class UserCallsTest : public ::testing::Test {
  protected:
   // `arguments` are of the shell.
-  Outcome Simpoctl(const std::string& arguments) {
-    const std::filesystem::path err = service_.dir / "stderr";
-    const std::string command = absl::StrCat("NO_COLOR=1 SIMPO_ADDRESS=", proxy_.address(), " ", SIMPOCTL_PROGRAM, " ",
-                                             arguments, " 2>", err.string(), " </dev/null");
-    Outcome outcome;
-    FILE* pipe = popen(command.c_str(), "r");
-    char buffer[4096];
-    for (size_t got; (got = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) outcome.out.append(buffer, got);
-    const int status = pclose(pipe);
-    outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    outcome.err = ReadText(err);
-    return outcome;
-  }
+  Outcome Simpoctl(const std::string& arguments) { return RunSimpoctl(proxy_.address(), arguments); }
   std::string JobFile() {
     WriteText(service_.dir / "job.yaml", JobYaml());
     return (service_.dir / "job.yaml").string();

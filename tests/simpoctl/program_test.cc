@@ -1,13 +1,12 @@
 // The program itself, where it needs no coordinator.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <cstdio>
-#include <fstream>
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "tests/simpoctl/run_simpoctl.h"
 
 namespace simpo {
 namespace {
@@ -19,32 +18,8 @@ using ::testing::MatchesRegex;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-struct Outcome {
-  int code = -1;
-  std::string out;
-  std::string err;
-};
-
-std::string FileText(const std::string& path) {
-  std::ifstream file(path);
-  return std::string(std::istreambuf_iterator<char>(file), {});
-}
-
 // Runs `simpoctl <arguments>`; nobody listens at its default address. `arguments` are of the shell.
-Outcome Simpoctl(const std::string& arguments) {
-  const std::string err_path = absl::StrCat(::testing::TempDir(), "/simpoctl_stderr_", getpid());
-  const std::string command =
-      absl::StrCat("SIMPO_ADDRESS=127.0.0.1:1 ", SIMPOCTL_PROGRAM, " ", arguments, " 2>", err_path, " </dev/null");
-  Outcome outcome;
-  FILE* pipe = popen(command.c_str(), "r");
-  char buffer[4096];
-  for (size_t got; (got = fread(buffer, 1, sizeof(buffer), pipe)) > 0;) outcome.out.append(buffer, got);
-  const int status = pclose(pipe);
-  outcome.code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-  outcome.err = FileText(err_path);
-  std::remove(err_path.c_str());
-  return outcome;
-}
+Outcome Simpoctl(const std::string& arguments) { return RunSimpoctl("127.0.0.1:1", arguments); }
 
 std::string DryRun(const char* file) { return absl::StrCat("submit --dry-run ", SIMPOCTL_TESTDATA, "/", file, " "); }
 
