@@ -1,6 +1,7 @@
 #ifndef SIMPO_COMMON_JOB_CONFIG_YAML_H_
 #define SIMPO_COMMON_JOB_CONFIG_YAML_H_
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -9,6 +10,8 @@
 #include "common/job_config.h"
 
 namespace simpo {
+
+constexpr size_t kMaxJobFileBytes = 1 << 20;
 
 // One thing that is wrong with a job file.
 struct FieldViolation {

@@ -14,8 +14,6 @@
 
 namespace simpo {
 
-constexpr size_t kMaxJobFileBytes = 1 << 20;
-
 // One `key: value` of the file or of --set. Its constants keep it from being assigned to: assigning to a
 // YAML::Node changes every other handle of the old node too.
 struct JobEntry {

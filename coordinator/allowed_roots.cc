@@ -16,7 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int kMaxEntries = 20'000;  // of an input folder
-constexpr size_t kMaxPathBytes = 4096;
 
 // The path without symbolic links and dots; the part that does not exist stays as it is. Empty: it cannot be told,
 // or a link leads to what is not there yet and may be anything later.

@@ -1,6 +1,7 @@
 #ifndef SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 #define SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 
+#include <cstddef>
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -10,6 +11,8 @@
 #include "common/job_config_yaml.h"
 
 namespace simpo {
+
+constexpr size_t kMaxPathBytes = 4096;  // of Linux
 
 // The folders below which the paths of jobs must lie. Thread-safe.
 class AllowedRoots {

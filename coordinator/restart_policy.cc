@@ -43,13 +43,6 @@ double Fraction(std::string_view text) {
 
 }  // namespace
 
-const char* ExitMeaningName(ExitMeaning meaning) {
-  for (const auto& [known, name] : kNames) {
-    if (known == meaning) return name;
-  }
-  return "";
-}
-
 std::optional<ExitMeaning> ParseExitMeaning(const std::string& name) {
   for (const auto& [meaning, known] : kNames) {
     if (name == known) return meaning;

@@ -21,7 +21,6 @@ enum class ExitMeaning {
 };
 
 // "done", "fail", "restart", "machine": as the coordinator's config file says it.
-const char* ExitMeaningName(ExitMeaning meaning);
 std::optional<ExitMeaning> ParseExitMeaning(const std::string& name);
 
 struct RestartPolicy {

@@ -20,7 +20,6 @@ namespace fs = std::filesystem;
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxNameBytes = 128;
 constexpr size_t kMaxOverrides = 256;
-constexpr size_t kMaxPathBytes = 4096;  // of Linux
 
 bool IsPrintable(const std::string& text) {
   for (unsigned char c : text) {

@@ -63,13 +63,15 @@ class UnaryCall {
   // asks Claim() before it touches the response.
   void LimitTime() const {
     // An alarm keeps its function for as long as it lives: the function must not keep the alarm.
-    state_->alarm.Set(std::chrono::system_clock::now() + state_->parts.longest_call, [weak = std::weak_ptr(state_)](
-                                                                                         bool rang) {
-      const std::shared_ptr<State> state = weak.lock();
-      if (!rang || !state || state->claimed.exchange(true)) return;
-      UnaryCall(state).Answer(absl::DeadlineExceededError(
-          "the coordinator has not stored this in time; ask again with the same request_id, or look whether it was"));
-    });
+    state_->alarm.Set(std::chrono::system_clock::now() + state_->parts.longest_call,
+                      [weak = std::weak_ptr(state_)](bool rang) {
+                        const std::shared_ptr<State> state = weak.lock();
+                        if (!rang || !state || state->claimed.exchange(true)) return;
+                        UnaryCall(state).Answer(absl::DeadlineExceededError(
+                            state->only_looks ? "the coordinator has not looked at this in time; ask again"
+                                              : "the coordinator has not stored this in time; ask again with the same "
+                                                "request_id, or look whether it was"));
+                      });
   }
   bool Claim() const {
     if (state_->claimed.exchange(true)) return false;
@@ -209,16 +211,18 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   if (!violations.empty()) {
     return call.Finish(BadRequestError(violations, request->file_name().empty() ? "job.yaml" : request->file_name()));
   }
+  call.LimitTime();
   if (request->validate_only()) {
     *response->mutable_job() = submission.job;
     response->mutable_job()->set_config_yaml(JobConfigToYaml(submission.config));
     response->mutable_notes()->Add(submission.notes.begin(), submission.notes.end());
     const std::filesystem::path output_dir = submission.config.output_dir;
     parts_.controller.Check(submission.job, output_dir.is_absolute() ? output_dir.lexically_normal().string() : "",
-                            [call](const absl::Status& status) { call.Finish(status); });
+                            [call](const absl::Status& status) {
+                              if (call.Claim()) call.Finish(status);
+                            });
     return call.reactor();
   }
-  call.LimitTime();
   parts_.controller.Submit(std::move(submission), request->request_id(),
                            [call, response](absl::StatusOr<v1::SubmitJobResponse> result) {
                              if (!call.Claim()) return;

@@ -23,8 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kMaxFileBytes = 1 << 20;
-
 struct SubmitOptions {
   std::string file;
   std::vector<std::string> overrides;
@@ -49,7 +47,7 @@ std::string RandomId() {
 }
 
 absl::StatusOr<v1::SubmitJobRequest> MakeRequest(const SubmitOptions& options) {
-  absl::StatusOr<std::string> text = ReadFile(options.file, kMaxFileBytes);
+  absl::StatusOr<std::string> text = ReadFile(options.file, kMaxJobFileBytes);
   if (!text.ok()) return absl::InvalidArgumentError(text.status().message());
   v1::SubmitJobRequest request;
   request.set_request_id(options.request_id.empty() ? RandomId() : options.request_id);

@@ -864,6 +864,11 @@ TEST_F(StalledServicesTest, ACallThatCannotBeStoredEnds) {
   const grpc::Status status = Submit(SubmitRequest(JobYaml(), "request-1"), &response);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_THAT(status.error_message(), HasSubstr("request_id"));
+  v1::SubmitJobRequest look = SubmitRequest(JobYaml());
+  look.set_validate_only(true);
+  const grpc::Status of_look = Submit(look, &response);
+  EXPECT_EQ(of_look.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(of_look.error_message(), HasSubstr("ask again"));
   controller_->Start(launcher_);
   ASSERT_TRUE(Eventually([&] { return views_.All().size() == 1; }));
   ASSERT_TRUE(Submit(SubmitRequest(JobYaml(), "request-1"), &response).ok());
