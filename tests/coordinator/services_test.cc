@@ -10,14 +10,10 @@
 #include <thread>
 
 #include "absl/strings/str_split.h"
-#include "coordinator/controller.h"
-#include "coordinator/stream_pump.h"
-#include "coordinator/training_service.h"
-#include "coordinator/worker_service.h"
+#include "cardboard_service.h"
 #include "simpo/v1/error_details.pb.h"
 #include "simpo/v1/training_service.grpc.pb.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
-#include "testing.h"
 
 namespace simpo {
 namespace {
@@ -27,50 +23,14 @@ using ::testing::HasSubstr;
 
 class ServicesTest : public ::testing::Test {
  protected:
-  struct Times {
-    std::chrono::milliseconds patience = std::chrono::minutes(1);
-    std::chrono::milliseconds longest_call = std::chrono::minutes(1);
-    bool start = true;  // the controller
-  };
-  ServicesTest() : ServicesTest(Times()) {}
-  explicit ServicesTest(const Times& times) : pump_(times.patience) {
-    stores_ = Stores::Open(dir_ / "test.db");
-    facts_ = {.version = "1.2.3", .data_dir = dir_.path().string(), .hostname = "here", .slots_total = 4};
-    Dispatcher::Options options;
-    options.slots_total = 4;
-    options.outputs_dir = dir_ / "outputs";
-    options.restart.first_pause = std::chrono::milliseconds(10);
-    options.queue.label_quotas = {{"team=small", 1}};
-    dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
-    controller_.emplace(*dispatcher_, [this](const absl::Status&) { ++failures_; });
-    views_.SetListener([this] { pump_.Wake(); });
-    EXPECT_TRUE(dispatcher_->Load(Moment::Now()).ok());
-    training_.emplace(TrainingService::Parts{.controller = *controller_,
-                                             .views = views_,
-                                             .jobs = *stores_.jobs,
-                                             .metrics = *stores_.metrics,
-                                             .pump = pump_,
-                                             .rpc_stats = rpc_stats_,
-                                             .facts = facts_,
-                                             .guard = guard_,
-                                             .roots = roots_,
-                                             .longest_call = times.longest_call});
-    workers_.emplace(*controller_, views_, std::min(times.patience, std::chrono::milliseconds(10'000)));
-    grpc::ServerBuilder builder;
-    builder.RegisterService(&*training_);
-    builder.RegisterService(&*workers_);
-    server_ = builder.BuildAndStart();
-    channel_ = server_->InProcessChannel(grpc::ChannelArguments());
-    stub_ = v1::TrainingService::NewStub(channel_);
-    stores_.metrics->SetListener([this] { controller_->Wake(); });
-    if (times.start) controller_->Start(launcher_);
+  static CardboardService::Setup FourSlots() {
+    CardboardService::Setup setup;
+    setup.dispatcher.slots_total = 4;
+    setup.dispatcher.queue.label_quotas = {{"team=small", 1}};
+    setup.streams_per_user = 2;
+    return setup;
   }
-  ~ServicesTest() override {
-    pump_.Stop();
-    server_->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(2));
-    controller_->Stop();
-    server_.reset();
-  }
+  explicit ServicesTest(CardboardService::Setup setup = FourSlots()) : service_(Counting(std::move(setup))) {}
 
   grpc::Status Submit(const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
     grpc::ClientContext context;
@@ -122,24 +82,21 @@ class ServicesTest : public ::testing::Test {
     return client;
   }
 
-  TempDir dir_;
-  Stores stores_;
-  ServerFacts facts_;
-  FakeLauncher launcher_;
-  JobViews views_;
-  RpcStats rpc_stats_;
-  StreamPump pump_;
-  AuditLog audit_{dir_ / "audit.jsonl"};
-  Guard guard_{{.token_file = dir_ / "tokens.json", .streams_per_user = 2, .audit = &audit_}};
-  const AllowedRoots roots_{dir_ / "outputs", {}, [this] { return guard_.asks(); }};
   std::atomic<int> failures_ = 0;
-  std::optional<Dispatcher> dispatcher_;
-  std::optional<Controller> controller_;
-  std::optional<TrainingService> training_;
-  std::optional<WorkerService> workers_;
-  std::unique_ptr<grpc::Server> server_;
-  std::shared_ptr<grpc::Channel> channel_;
-  std::unique_ptr<v1::TrainingService::Stub> stub_;
+  CardboardService service_;
+  TempDir& dir_ = service_.dir;
+  Stores& stores_ = service_.stores;
+  FakeLauncher& launcher_ = service_.launcher;
+  JobViews& views_ = service_.views;
+  Controller& controller_ = *service_.controller;
+  const std::shared_ptr<grpc::Channel> channel_ = service_.channel;
+  v1::TrainingService::Stub* const stub_ = service_.stub.get();
+
+ private:
+  CardboardService::Setup Counting(CardboardService::Setup setup) {
+    setup.on_failure = [this](const absl::Status&) { ++failures_; };
+    return setup;
+  }
 };
 
 // One rank's call of Register, on a thread.
@@ -229,7 +186,7 @@ TEST_F(ServicesRegisterTest, AShutdownEndsTheCallsThatWait) {
     const std::string missing = Register(id, 1, 3, 8, /*timeout_ms=*/20).status.error_message();
     return missing.find("rank 2 of 3") != std::string::npos;
   }));
-  server_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(50));
+  service_.server->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(50));
   waits.join();
   EXPECT_FALSE(status.ok());
 }
@@ -277,7 +234,7 @@ TEST_F(ServicesTest, ARankReportsIsAcknowledgedAndLeaves) {
   EXPECT_TRUE(Reaches(id, "SUCCEEDED"));
   const auto points = ValueOf(stores_.metrics->ListPoints(views_.FindById(id)->sequence, "train", 0, 2 * kSteps));
   EXPECT_EQ(points.size(), static_cast<size_t>(kSteps));
-  EXPECT_LT(controller_->stats().commit_seconds.count, kSteps) << "points must be committed in groups";
+  EXPECT_LT(controller_.stats().commit_seconds.count, kSteps) << "points must be committed in groups";
 }
 
 TEST_F(ServicesTest, ACancelReachesTheRank) {
@@ -653,7 +610,7 @@ TEST_F(ServicesTest, PriorityAndNodes) {
 }
 
 TEST_F(ServicesTest, AStoppedControllerRefuses) {
-  controller_->Stop();
+  controller_.Stop();
   v1::SubmitJobResponse response;
   const grpc::Status status = Submit(SubmitRequest(JobYaml()), &response);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
@@ -838,7 +795,14 @@ class ImpatientServicesTest : public ServicesTest {
  protected:
   // SIMPO_TIMES: as many times slower is all under a sanitizer.
   static constexpr std::chrono::milliseconds kPatience{300 * SIMPO_TIMES};
-  ImpatientServicesTest() : ServicesTest({.patience = kPatience}) {}
+  ImpatientServicesTest() : ServicesTest(Impatient()) {}
+
+ private:
+  static CardboardService::Setup Impatient() {
+    CardboardService::Setup setup = FourSlots();
+    setup.patience = kPatience;
+    return setup;
+  }
 };
 
 TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
@@ -855,7 +819,15 @@ TEST_F(ImpatientServicesTest, AStreamThatSaysNothingIsEnded) {
 
 class StalledServicesTest : public ServicesTest {
  protected:
-  StalledServicesTest() : ServicesTest({.longest_call = std::chrono::milliseconds(200), .start = false}) {}
+  StalledServicesTest() : ServicesTest(Stalled()) {}
+
+ private:
+  static CardboardService::Setup Stalled() {
+    CardboardService::Setup setup = FourSlots();
+    setup.longest_call = std::chrono::milliseconds(200);
+    setup.starts = false;
+    return setup;
+  }
 };
 
 // As when the disk hangs: the caller is told, and what comes of it later is the job that the same request finds.
@@ -869,7 +841,7 @@ TEST_F(StalledServicesTest, ACallThatCannotBeStoredEnds) {
   const grpc::Status of_look = Submit(look, &response);
   EXPECT_EQ(of_look.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_THAT(of_look.error_message(), HasSubstr("ask again"));
-  controller_->Start(launcher_);
+  controller_.Start(launcher_);
   ASSERT_TRUE(Eventually([&] { return views_.All().size() == 1; }));
   ASSERT_TRUE(Submit(SubmitRequest(JobYaml(), "request-1"), &response).ok());
   EXPECT_TRUE(response.already_existed());

@@ -9,8 +9,8 @@
 
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
-#include "cardboard_service.h"
 #include "cut_proxy.h"
+#include "tests/coordinator/cardboard_service.h"
 #include "tests/simpoctl/run_simpoctl.h"
 
 namespace simpo {

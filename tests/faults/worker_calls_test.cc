@@ -8,8 +8,8 @@
 #include <set>
 #include <thread>
 
-#include "cardboard_service.h"
 #include "cut_proxy.h"
+#include "tests/coordinator/cardboard_service.h"
 #include "worker/coordinator_client.h"
 #include "worker/register_rank.h"
 

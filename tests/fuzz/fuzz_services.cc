@@ -17,14 +17,10 @@
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
 #include "common/text.h"
-#include "coordinator/controller.h"
 #include "coordinator/exposition.h"
-#include "coordinator/stream_pump.h"
-#include "coordinator/training_service.h"
-#include "coordinator/worker_service.h"
 #include "simpo/v1/error_details.pb.h"
 #include "tests/common/job_mutation.h"
-#include "tests/coordinator/testing.h"
+#include "tests/coordinator/cardboard_service.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
@@ -146,53 +142,19 @@ class FuzzLauncher final : public Launcher {
 class FuzzServer {
  public:
   FuzzServer() {
-    stores_ = Stores::Open(dir_ / "fuzz.db");
-    facts_ = {.version = "1.2.3", .data_dir = dir_.path().string(), .hostname = "here", .slots_total = 4};
     for (const auto& [role, user] :
          {std::pair(Role::kAdmin, "ada"), std::pair(Role::kSubmit, "sam"), std::pair(Role::kRead, "rita")}) {
       const NewToken made = *MakeToken(role, user, 1, time(nullptr));
-      if (!AddToken(dir_ / "tokens.json", made.token).ok()) Fail("no token");
+      if (!AddToken(service_.dir / "tokens.json", made.token).ok()) Fail("no token");
       tokens_.push_back(made.text);
     }
-    Dispatcher::Options options;
-    options.slots_total = 4;
-    options.outputs_dir = dir_ / "outputs";
-    options.roots = roots_;
-    options.restart.first_pause = std::chrono::milliseconds(1);
-    options.restart.longest_pause = std::chrono::milliseconds(4);
-    options.stop_grace = options.term_grace = std::chrono::milliseconds(300);
-    options.queue.user_quotas = {{"sam", 3}};
-    dispatcher_.emplace(options, *stores_.database, *stores_.jobs, *stores_.metrics, views_);
-    controller_.emplace(*dispatcher_,
-                        [](const absl::Status& status) { Fail(absl::StrCat("stores: ", status.ToString())); });
-    views_.SetListener([this] { pump_.Wake(); });
-    if (!dispatcher_->Load(Moment::Now()).ok()) Fail("cannot load");
-    training_.emplace(TrainingService::Parts{.controller = *controller_,
-                                             .views = views_,
-                                             .jobs = *stores_.jobs,
-                                             .metrics = *stores_.metrics,
-                                             .pump = pump_,
-                                             .rpc_stats = rpc_stats_,
-                                             .facts = facts_,
-                                             .guard = guard_,
-                                             .roots = roots_});
-    workers_.emplace(*controller_, views_);
-    grpc::ServerBuilder builder;
-    builder.RegisterService(&*training_);
-    builder.RegisterService(&*workers_);
-    server_ = builder.BuildAndStart();
-    channel_ = server_->InProcessChannel(grpc::ChannelArguments());
-    stores_.metrics->SetListener([this] { controller_->Wake(); });
-    controller_->Start(launcher_);
+    service_.controller->Start(launcher_);
   }
   ~FuzzServer() {
-    pump_.Stop();
-    server_->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(2));
-    controller_->Stop();
-    server_.reset();
+    service_.Stop();
     // What is stored can be loaded again.
     JobViews views;
-    Stores stores = Stores::Open(dir_ / "fuzz.db");
+    Stores stores = Stores::Open(service_.dir / "test.db");
     Dispatcher again({}, *stores.database, *stores.jobs, *stores.metrics, views);
     if (const absl::Status status = again.Load(Moment::Now()); !status.ok()) Fail("cannot load: " + status.ToString());
     if (views.All().size() != views_.All().size()) Fail("jobs were lost");
@@ -210,6 +172,19 @@ class FuzzServer {
   }
 
  private:
+  static CardboardService::Setup MakeSetup() {
+    CardboardService::Setup setup;
+    setup.dispatcher.slots_total = 4;
+    setup.dispatcher.restart.first_pause = std::chrono::milliseconds(1);
+    setup.dispatcher.restart.longest_pause = std::chrono::milliseconds(4);
+    setup.dispatcher.stop_grace = setup.dispatcher.term_grace = std::chrono::milliseconds(300);
+    setup.dispatcher.queue.user_quotas = {{"sam", 3}};
+    setup.streams_per_user = 20;
+    setup.starts = false;
+    setup.on_failure = [](const absl::Status& status) { Fail(absl::StrCat("stores: ", status.ToString())); };
+    return setup;
+  }
+
   using Bytes = grpc::ByteBuffer;
   struct Stream {
     grpc::ClientContext context;
@@ -278,7 +253,8 @@ class FuzzServer {
         Sign(&context, call.how);
         Bytes response;
         const grpc::Status status = grpc::internal::BlockingUnaryCall(
-            channel_.get(), Rpc(method, grpc::internal::RpcMethod::NORMAL_RPC), &context, ToBuffer(request), &response);
+            service_.channel.get(), Rpc(method, grpc::internal::RpcMethod::NORMAL_RPC), &context, ToBuffer(request),
+            &response);
         return CheckAnswer(method, request, status, ToBytes(response));
       }
       case Kind::kServerStream:
@@ -319,7 +295,7 @@ class FuzzServer {
     Sign(&context, call.how);
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(30));
     const std::unique_ptr<grpc::ClientReader<Bytes>> stream(grpc::internal::ClientReaderFactory<Bytes>::Create(
-        channel_.get(), Rpc(method, grpc::internal::RpcMethod::SERVER_STREAMING), &context, ToBuffer(request)));
+        service_.channel.get(), Rpc(method, grpc::internal::RpcMethod::SERVER_STREAMING), &context, ToBuffer(request)));
     Bytes response;
     int count = 0;
     while (stream->Read(&response)) {
@@ -341,7 +317,7 @@ class FuzzServer {
     hello.ParsePartialFromString(request);
     SignAsRank(&stream->context, call.how, hello.hello().job_id());
     stream->rpc.reset(grpc::internal::ClientReaderWriterFactory<Bytes, Bytes>::Create(
-        channel_.get(), Rpc(method, grpc::internal::RpcMethod::BIDI_STREAMING), &stream->context));
+        service_.channel.get(), Rpc(method, grpc::internal::RpcMethod::BIDI_STREAMING), &stream->context));
     Say(method, *stream, request);
   }
   static void Say(const FuzzMethod& method, Stream& stream, const std::string& request) {
@@ -370,8 +346,9 @@ class FuzzServer {
     SignAsRank(&registration->context, call.how, parsed.hello().job_id());
     registration->thread = std::thread([this, method, request, context = &registration->context] {
       Bytes response;
-      const grpc::Status status = grpc::internal::BlockingUnaryCall(
-          channel_.get(), Rpc(method, grpc::internal::RpcMethod::NORMAL_RPC), context, ToBuffer(request), &response);
+      const grpc::Status status =
+          grpc::internal::BlockingUnaryCall(service_.channel.get(), Rpc(method, grpc::internal::RpcMethod::NORMAL_RPC),
+                                            context, ToBuffer(request), &response);
       if (status.error_code() != grpc::StatusCode::CANCELLED) CheckAnswer(method, request, status, ToBytes(response));
     });
     registrations_.push_back(std::move(registration));
@@ -389,8 +366,8 @@ class FuzzServer {
     v1::ListJobsRequest request;
     request.set_page_size(1000);
     const grpc::Status status =
-        grpc::internal::BlockingUnaryCall(channel_.get(), Rpc(list, grpc::internal::RpcMethod::NORMAL_RPC), &context,
-                                          ToBuffer(request.SerializeAsString()), &response);
+        grpc::internal::BlockingUnaryCall(service_.channel.get(), Rpc(list, grpc::internal::RpcMethod::NORMAL_RPC),
+                                          &context, ToBuffer(request.SerializeAsString()), &response);
     if (!status.ok()) Fail(absl::StrCat("a good call fails: ", status.error_message()));
     v1::ListJobsResponse jobs;
     if (!jobs.ParseFromString(ToBytes(response))) Fail("the list of jobs cannot be read");
@@ -400,28 +377,16 @@ class FuzzServer {
         Fail("a job is damaged: " + job.DebugString());
     }
     if (inputs_ % 16 != 0) return;
-    ExpositionSnapshot snapshot{.now_ms = Moment::Now().unix_ms, .jobs = views_.All(), .stats = controller_->stats()};
-    snapshot.rpc_durations = rpc_stats_.Get();
+    ExpositionSnapshot snapshot{
+        .now_ms = Moment::Now().unix_ms, .jobs = views_.All(), .stats = service_.controller->stats()};
+    snapshot.rpc_durations = service_.rpc_stats.Get();
     CoordinatorCollectable([&] { return snapshot; }).Collect();
   }
 
-  TempDir dir_;
-  Stores stores_;
-  ServerFacts facts_;
+  CardboardService service_{MakeSetup()};
+  JobViews& views_ = service_.views;
+  FuzzLauncher launcher_{service_.dir / "outputs"};
   std::vector<std::string> tokens_;  // of an administrator, a submitter, a reader
-  FuzzLauncher launcher_{dir_ / "outputs"};
-  JobViews views_;
-  RpcStats rpc_stats_;
-  StreamPump pump_;
-  AuditLog audit_{dir_ / "audit.jsonl"};
-  Guard guard_{{.token_file = dir_ / "tokens.json", .streams_per_user = 20, .audit = &audit_}};
-  const AllowedRoots roots_{dir_ / "outputs", {}, [this] { return guard_.asks(); }};
-  std::optional<Dispatcher> dispatcher_;
-  std::optional<Controller> controller_;
-  std::optional<TrainingService> training_;
-  std::optional<WorkerService> workers_;
-  std::unique_ptr<grpc::Server> server_;
-  std::shared_ptr<grpc::Channel> channel_;
   std::array<std::unique_ptr<Stream>, 4> streams_;
   std::vector<std::unique_ptr<Registration>> registrations_;
   mutable int inputs_ = 0;

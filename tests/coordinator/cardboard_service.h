@@ -1,12 +1,16 @@
-// Both services on a port of this machine, with a real controller and stores, and gangs of cardboard.
-#ifndef SIMPO_TESTS_FAULTS_CARDBOARD_SERVICE_H_
-#define SIMPO_TESTS_FAULTS_CARDBOARD_SERVICE_H_
+// The coordinator as its clients meet it: both services over real gRPC, with a real controller and real stores in a
+// folder of their own, and gangs of cardboard.
+#ifndef SIMPO_TESTS_COORDINATOR_CARDBOARD_SERVICE_H_
+#define SIMPO_TESTS_COORDINATOR_CARDBOARD_SERVICE_H_
 
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "coordinator/controller.h"
 #include "coordinator/stream_pump.h"
@@ -17,15 +21,25 @@
 namespace simpo {
 
 struct CardboardService {
-  CardboardService() {
+  struct Setup {
+    Dispatcher::Options dispatcher = {.slots_total = 64, .restart = {.first_pause = std::chrono::milliseconds(10)}};
+    int streams_per_user = 100;
+    std::chrono::milliseconds patience = std::chrono::minutes(1);      // with clients that do not read
+    std::chrono::milliseconds longest_call = std::chrono::minutes(1);  // of a user
+    bool starts = true;                                                // the controller, with `launcher`
+    std::function<void(const absl::Status&)> on_failure = [](const absl::Status& status) { ADD_FAILURE() << status; };
+  };
+  CardboardService() : CardboardService(Setup()) {}
+  explicit CardboardService(Setup setup) : pump(setup.patience), streams_per_user(setup.streams_per_user) {
     stores = Stores::Open(dir / "test.db");
-    facts = {.version = "1.2.3", .data_dir = dir.path().string(), .hostname = "here", .slots_total = 64};
-    Dispatcher::Options options;
-    options.slots_total = facts.slots_total;
-    options.outputs_dir = dir / "outputs";
-    options.restart.first_pause = std::chrono::milliseconds(10);
-    dispatcher.emplace(options, *stores.database, *stores.jobs, *stores.metrics, views);
-    controller.emplace(*dispatcher, [](const absl::Status& status) { ADD_FAILURE() << status; });
+    facts = {.version = "1.2.3",
+             .data_dir = dir.path().string(),
+             .hostname = "here",
+             .slots_total = setup.dispatcher.slots_total};
+    setup.dispatcher.outputs_dir = dir / "outputs";
+    setup.dispatcher.roots = roots;
+    dispatcher.emplace(setup.dispatcher, *stores.database, *stores.jobs, *stores.metrics, views);
+    controller.emplace(*dispatcher, setup.on_failure);
     views.SetListener([this] { pump.Wake(); });
     EXPECT_TRUE(dispatcher->Load(Moment::Now()).ok());
     training.emplace(TrainingService::Parts{.controller = *controller,
@@ -36,18 +50,24 @@ struct CardboardService {
                                             .rpc_stats = rpc_stats,
                                             .facts = facts,
                                             .guard = guard,
-                                            .roots = roots});
-    workers.emplace(*controller, views);
+                                            .roots = roots,
+                                            .longest_call = setup.longest_call});
+    workers.emplace(*controller, views, std::min(setup.patience, std::chrono::milliseconds(10'000)));
     grpc::ServerBuilder builder;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
     builder.RegisterService(&*training);
     builder.RegisterService(&*workers);
     server = builder.BuildAndStart();
-    stub = v1::TrainingService::NewStub(server->InProcessChannel(grpc::ChannelArguments()));
+    channel = server->InProcessChannel(grpc::ChannelArguments());
+    stub = v1::TrainingService::NewStub(channel);
     stores.metrics->SetListener([this] { controller->Wake(); });
-    controller->Start(launcher);
+    if (setup.starts) controller->Start(launcher);
   }
-  ~CardboardService() {
+  ~CardboardService() { Stop(); }
+
+  // Once; the destructor does it too.
+  void Stop() {
+    if (!server) return;
     pump.Stop();
     server->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(2));
     controller->Stop();
@@ -85,23 +105,25 @@ struct CardboardService {
   JobViews views;
   RpcStats rpc_stats;
   StreamPump pump;
+  const int streams_per_user;
   AuditLog audit{dir / "audit.jsonl"};
-  Guard guard{{.token_file = dir / "tokens.json", .streams_per_user = 100, .audit = &audit}};
+  Guard guard{{.token_file = dir / "tokens.json", .streams_per_user = streams_per_user, .audit = &audit}};
   const AllowedRoots roots{dir / "outputs", {}, [this] { return guard.asks(); }};
   std::optional<Dispatcher> dispatcher;
   std::optional<Controller> controller;
   std::optional<TrainingService> training;
   std::optional<WorkerService> workers;
   std::unique_ptr<grpc::Server> server;
+  std::shared_ptr<grpc::Channel> channel;  // within this process
   std::unique_ptr<v1::TrainingService::Stub> stub;
-  int port = 0;
+  int port = 0;  // of 127.0.0.1, for those who come from outside
 };
 
 // One end of a rank, which says what the test wants said.
 struct CardboardRank {
   CardboardRank(CardboardService& service, const std::string& id, int rank = 0, int world = 1) {
     context.AddMetadata("simpo-attempt-secret", absl::StrCat("secret-of-", id, "/1"));
-    stream = v1::WorkerService::NewStub(service.server->InProcessChannel(grpc::ChannelArguments()))->Attach(&context);
+    stream = v1::WorkerService::NewStub(service.channel)->Attach(&context);
     v1::AttachRequest request;
     request.mutable_hello()->set_job_id(id);
     request.mutable_hello()->set_attempt(1);
@@ -126,4 +148,4 @@ struct CardboardRank {
 
 }  // namespace simpo
 
-#endif  // SIMPO_TESTS_FAULTS_CARDBOARD_SERVICE_H_
+#endif  // SIMPO_TESTS_COORDINATOR_CARDBOARD_SERVICE_H_
