@@ -286,7 +286,7 @@ class FuzzServer {
   }
 
   grpc::internal::RpcMethod Rpc(const FuzzMethod& method, grpc::internal::RpcMethod::RpcType type) const {
-    return {method.rpc, type, channel_};
+    return {method.rpc, type, service_.channel};
   }
 
   // Reads a little of a stream, as far as it is quick to come.
