@@ -81,11 +81,14 @@ class RankStream final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::A
     }
     if (!ok) return LastRead();
     if (!id_) return Greet();
+    v1::AttachRequest request;
     {
       const std::lock_guard lock(mutex_);
+      // Before it pauses: from then on another thread may have the next message read into it.
+      request.Swap(&request_);
       paused_ = ++waiting_messages_ >= kMaxWaitingMessages;
     }
-    controller_.Receive(*id_, std::exchange(request_, {}), [stream = shared_from_this()] { stream->Taken(); });
+    controller_.Receive(*id_, std::move(request), [stream = shared_from_this()] { stream->Taken(); });
     const std::lock_guard lock(mutex_);
     if (!paused_ && !reading_) Read();
   }
