@@ -431,8 +431,8 @@ bool Client::SendReports(Session& session) {
       if (stop_ || session.closed) return false;
       if (finishing_ && AllAcknowledged()) return true;
     }
-    const bool sent =
-        SendHeartbeat(session) && SendPoints(session, kTrain) && SendPoints(session, kEval) && SendEvents(session);
+    const bool sent = SendHeartbeat(session) && SendEvents(session) && SendPoints(session, kTrain) &&
+                      SendPoints(session, kEval) && SendEvents(session);
     if (!sent) return false;
   }
 }
@@ -494,10 +494,11 @@ bool Client::SendEvents(Session& session) {
     v1::AttachRequest request;
     {
       const std::lock_guard lock(mutex_);
-      // Points first: `finished` is the last that a coordinator hears.
-      if (PointsWait(session)) return true;
       const auto next = std::find_if(events_.begin(), events_.end(), [](const Event& event) { return !event.sent; });
       if (next == events_.end()) return true;
+      // Points first: `finished` is the last that a coordinator hears. But which of the files' points are this
+      // attempt's, it knows from `resumed` alone.
+      if (PointsWait(session) && next->event.type() != "resumed") return true;
       next->sent = true;
       next->after_step = session.sent[kTrain];
       *request.mutable_event() = next->event;

@@ -294,6 +294,24 @@ TEST_F(CoordinatorClientTest, ANewCoordinatorAtAnotherAddressHearsWhatTheFirstDi
   EXPECT_THAT(second.order_, ElementsAre("train 3", "train 4", "train 5", "finished"));
 }
 
+// Whose points those in the file are, `resumed` tells; so a coordinator that was away must hear it first.
+TEST_F(CoordinatorClientTest, WhereAnAttemptBeganIsSaidBeforeItsPoints) {
+  FakeCoordinator gone;
+  gone.Stop();
+  std::ofstream(dir_.path() / "metrics.jsonl") << R"({"step":1,"loss":0.3})" << '\n'
+                                               << R"({"step":2,"loss":0.2})" << '\n';
+  const auto client = CoordinatorClient::Start(Options(gone));
+  client->ReportEvent("resumed", "resumed after step 2", 2);
+  Train(*client, 3);
+  client->ReportEvent("checkpoint", "wrote step 3", 3);
+
+  FakeCoordinator coordinator;
+  Publish(coordinator.address());
+  client->Finish(0, "", /*timeout_ms=*/20'000);
+  coordinator.Stop();
+  EXPECT_THAT(coordinator.order_, ElementsAre("resumed", "train 1", "train 2", "train 3", "checkpoint", "finished"));
+}
+
 TEST_F(CoordinatorClientTest, ALineThatWasCutOffIsSentOnceItIsWhole) {
   FakeCoordinator coordinator;
   const auto client = CoordinatorClient::Start(Options(coordinator));
