@@ -148,7 +148,9 @@ absl::Status BackUpDataDir(const fs::path& dir, const fs::path& target) {
     return absl::AlreadyExistsError(
         absl::StrCat(target.string(), " is not an empty folder; name a new one with --to, and each backup is kept"));
   }
-  const fs::path parent = fs::absolute(target).lexically_normal().parent_path();
+  fs::path parent = fs::absolute(target).lexically_normal();
+  if (!parent.has_filename()) parent = parent.parent_path();  // "copies/", as a shell completes it
+  parent = parent.parent_path();
   const fs::path partial = parent / absl::StrCat(".simpo-backup-", getpid());
   fs::create_directories(partial, error);
   if (!error) fs::permissions(partial, fs::perms::owner_all, error);

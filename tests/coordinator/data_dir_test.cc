@@ -119,7 +119,7 @@ TEST_F(BackupTest, NothingIsOverwrittenAndAFailureLeavesNothing) {
   EXPECT_EQ(entries, 2u) << "data and full";
   std::filesystem::create_directory(dir_ / "empty");
   std::filesystem::remove(dir_ / "data" / kMetricsFile);
-  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "empty"));
+  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "empty/"));
   EXPECT_EQ(ValueOf(Stores::Open(dir_ / "empty" / kJobsFile).jobs->LoadJobs()).size(), 1u);
 }
 
