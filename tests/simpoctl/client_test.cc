@@ -30,6 +30,7 @@ TEST(Client, SubmitIsAskedAgainWithTheSameRequestId) {
   v1::SubmitJobRequest request;
   request.set_request_id("only-one");
   const absl::StatusOr<v1::SubmitJobResponse> response = client.Submit(request);
+  service.Settle();
   ASSERT_TRUE(response.ok()) << response.status();
   EXPECT_EQ(response->job().id(), "abc");
   EXPECT_THAT(seen, ElementsAre("only-one", "only-one", "only-one"));
@@ -45,6 +46,7 @@ TEST(Client, ARefusalIsNotAskedAgain) {
   const absl::Status status = Client(service.address(), "simpoctl").Submit({}).status();
   EXPECT_EQ(status.message(), "a.yaml:1: beta: wrong\na.yaml:2: seed: wrong");
   EXPECT_EQ(ExitCodeOf(status), kExitUsage);
+  service.Settle();
   EXPECT_EQ(calls, 1);
 }
 
@@ -128,6 +130,7 @@ TEST(Token, IsInEveryCallAndEveryStream) {
   const auto stream = client.stub().WatchJob(&context, {});
   EXPECT_TRUE(stream->Finish().ok());
   EXPECT_TRUE(Client(service.address(), "simpoctl").GetJob("x").ok());
+  service.Settle();
   EXPECT_THAT(seen, ElementsAre("Bearer simpo_a_b", "Bearer simpo_a_b", ""));
 }
 

@@ -42,7 +42,9 @@ class Follow : public ::testing::Test {
     ::testing::internal::CaptureStderr();
     Client client(service_.address(), "simpoctl");
     Outcome outcome;
+    service_.Settle();
     outcome.code = FollowJob(client, "first", options);
+    service_.Settle();
     outcome.err = ::testing::internal::GetCapturedStderr();
     outcome.out = ::testing::internal::GetCapturedStdout();
     return outcome;
