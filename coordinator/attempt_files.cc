@@ -1,11 +1,12 @@
 #include "coordinator/attempt_files.h"
 
-#include <unistd.h>
+#include <stdlib.h>
 
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
+#include "common/file_system.h"
 #include "common/status_macros.h"
 
 namespace simpo {

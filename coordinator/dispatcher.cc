@@ -611,14 +611,21 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
 }
 
 void Dispatcher::Launch(JobRecord& record, Moment now) {
-  if (!record.gang) return;
-  record.gang->launched = true;
-  if (record.job.state() != v1::JOB_STATE_LAUNCHING) return;  // cancelled meanwhile; the next look finds no gang
+  if (!record.gang || record.gang->launched) return;
   const v1::Job& job = record.job;
+  const GangStatus found = launcher_->Poll(job.id(), job.attempt());
+  if (found.phase == GangStatus::Phase::kUnknown) {
+    // An earlier coordinator may have started it: neither this attempt nor another may begin. The next tick asks again.
+    Managed(record, absl::UnavailableError(found.reason));
+    return;
+  }
+  record.gang->launched = true;
+  // Cancelled meanwhile, or an earlier coordinator has started it.
+  if (job.state() != v1::JOB_STATE_LAUNCHING || found.phase != GangStatus::Phase::kLost) return OpenTo(record);
   // A link may lead elsewhere by now. Another attempt would find the same. A gang that an earlier coordinator started
   // was looked at then.
   const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
-  if (!violations.empty() && launcher_->Poll(job.id(), job.attempt()).phase == GangStatus::Phase::kLost) {
+  if (!violations.empty()) {
     record.gang->error = FormatViolations(violations, "job.yaml");
     return EndAttempt(record, {.exit_code = kBadJob}, "", now);
   }

@@ -160,6 +160,10 @@ class Dispatcher {
 
   // dispatcher_gangs.cc: attempts and their ranks.
   void AdoptGang(JobRecord& record, Moment now);
+  // Has its ranks let in, and lets them know where; what fails is done at the next tick.
+  void OpenTo(JobRecord& record);
+  // Whether the launcher has done something. What it is asked again several times a second is logged once.
+  static bool Managed(JobRecord& record, const absl::Status& status);
   Gang* GangOf(const RankId& rank, JobRecord** record);
   void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat, Moment now);
   void TakeReport(JobRecord& record, v1::StepReport report, Moment now);

@@ -97,12 +97,8 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
     // Its ranks had reported; they have as long to be back as they may be silent.
     gang.health.assign(gang.ranks.size(), {.attached = true, .last_heard = now.steady, .last_moved = now.steady});
   }
-  absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
-  if (secret.ok()) {
-    gang.secret = *std::move(secret);
-    const absl::Status status = launcher_->PublishAddress(job.id(), job.attempt());
-    if (!status.ok()) LOG_ERROR(absl::StrCat("job ", job.id(), ": ", std::string(status.message())));
-  }
+  gang.address_due = true;
+  OpenTo(record);
   for (const char* split : {"train", "eval"}) {
     const absl::StatusOr<std::optional<v1::StepReport>> last =
         metrics_.LastReport(record.sequence, split, job.attempt());
@@ -119,6 +115,26 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
   if (leaves) gang.stop_asked = now.steady;
   AddEvent(record, "adopted", absl::StrCat("the coordinator was restarted and goes on with attempt ", job.attempt()),
            now.unix_ms);
+}
+
+void Dispatcher::OpenTo(JobRecord& record) {
+  const v1::Job& job = record.job;
+  Gang& gang = *record.gang;
+  if (gang.secret.empty()) {
+    absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
+    if (absl::IsNotFound(secret.status()) || !Managed(record, secret.status())) return;
+    gang.secret = *std::move(secret);
+    Changed(record);
+  }
+  if (gang.address_due) gang.address_due = !Managed(record, launcher_->PublishAddress(job.id(), job.attempt()));
+}
+
+bool Dispatcher::Managed(JobRecord& record, const absl::Status& status) {
+  if (!status.ok() && record.gang->troubles.insert(std::string(status.message())).second) {
+    LOG_WARNING(absl::StrCat("job ", record.job.id(), ", attempt ", record.job.attempt(),
+                             ", will be tried again: ", std::string(status.message())));
+  }
+  return status.ok();
 }
 
 Gang* Dispatcher::GangOf(const RankId& rank, JobRecord** record) {
@@ -358,8 +374,8 @@ void Dispatcher::Terminate(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
   if (!gang.terminated) gang.terminated = now.steady;
   if (gang.termination_heard) return;
-  launcher_->Terminate(record.job.id(), record.job.attempt());
-  gang.termination_heard = gang.phase != GangStatus::Phase::kStarting;
+  const bool sent = Managed(record, launcher_->Terminate(record.job.id(), record.job.attempt()));
+  gang.termination_heard = sent && gang.phase != GangStatus::Phase::kStarting;
 }
 
 void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration since_tick) {
@@ -378,7 +394,12 @@ void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration s
 void Dispatcher::Tick(Moment now) {
   std::vector<JobRecord*> with_gang;
   for (const auto& [sequence, record] : live_) {
-    if (record->gang && record->gang->launched) with_gang.push_back(record);
+    if (!record->gang) continue;
+    if (record->gang->launched) {
+      with_gang.push_back(record);
+    } else {
+      launches_.push_back(record);  // could not be looked at, see Launch
+    }
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
   for (JobRecord* record : std::exchange(heard_, {})) {
@@ -393,12 +414,14 @@ void Dispatcher::Tick(Moment now) {
 void Dispatcher::TendGang(JobRecord& record, Moment now) {
   const v1::Job& job = record.job;
   Gang& gang = *record.gang;
-  const GangStatus status = launcher_->Poll(job.id(), job.attempt());
+  OpenTo(record);
+  GangStatus status = launcher_->Poll(job.id(), job.attempt());
   if (status.phase == GangStatus::Phase::kEnded || status.phase == GangStatus::Phase::kLost) {
     const bool lost = status.phase == GangStatus::Phase::kLost;
-    if (!std::exchange(gang.files_read, true)) {
-      // Without its supervisor nothing else ends what may be left of it.
-      if (lost) launcher_->Kill(job.id(), job.attempt());
+    if (!gang.files_read) {
+      // Without its supervisor nothing else ends what may be left of it, and the next attempt must not find it.
+      if (lost && !Managed(record, launcher_->Kill(job.id(), job.attempt()))) return;
+      gang.files_read = true;
       TakeLeftPoints(record, now);
     }
     // Nobody would send these points again once the attempt has ended.
@@ -464,8 +487,7 @@ void Dispatcher::Escalate(JobRecord& record, Moment now) {
   if (!gang.terminated) return;
   Terminate(record, now);
   if (!gang.killed && now.steady - *gang.terminated > options_.term_grace) {
-    gang.killed = true;
-    launcher_->Kill(record.job.id(), record.job.attempt());
+    gang.killed = Managed(record, launcher_->Kill(record.job.id(), record.job.attempt()));
   }
 }
 

@@ -44,8 +44,9 @@ struct Rank {
 
 // The processes of the current attempt. Only in memory: a new coordinator builds it again.
 struct Gang {
-  bool launched = false;  // the launcher knows of it; before that there is nothing to look after
-  std::string secret;
+  bool launched = false;     // the launcher knows of it; before that there is nothing to look after
+  std::string secret;        // empty: it could not be read yet
+  bool address_due = false;  // its ranks cannot know yet where this coordinator is
   std::vector<Rank> ranks;
   std::vector<RankHealth> health;  // of each rank
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
@@ -67,6 +68,7 @@ struct Gang {
   std::optional<SteadyTime> terminated;
   bool termination_heard = false;  // there was a supervisor to hear it
   bool killed = false;
+  std::set<std::string> troubles;  // that the launcher has had with it, and that were logged
 };
 
 // A job in memory. What must survive lies in the stores.

@@ -88,17 +88,19 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
                                   .log_limit_bytes = options_.log_limit_bytes});
 }
 
-absl::Status MpirunLauncher::Start(const GangRequest& request) {
+absl::StatusOr<bool> MpirunLauncher::Start(const GangRequest& request) {
   const AttemptFiles files = Files(request.job_id, request.attempt);
   // A coordinator that died after this point has started it. If its supervisor is just about to take
   // the lock, a second one finds it taken and leaves.
-  if (fs::exists(files.Supervisor()) || FileLock::IsHeld(files.Lock())) return absl::OkStatus();
+  SIMPO_ASSIGN_OR_RETURN(const bool runs, FileLock::IsHeld(files.Lock()));
+  SIMPO_ASSIGN_OR_RETURN(const bool ran, Exists(files.Supervisor()));
+  if (runs || ran) return false;
   SIMPO_RETURN_IF_ERROR(WriteFiles(files, request));
   SIMPO_ASSIGN_OR_RETURN(const pid_t pid,
                          SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
                                            request.log_dir / kLauncherLog));
   children_[{request.job_id, request.attempt}] = pid;
-  return absl::OkStatus();
+  return true;
 }
 
 bool MpirunLauncher::ChildRuns(const std::string& job_id, int attempt) {
@@ -111,37 +113,57 @@ bool MpirunLauncher::ChildRuns(const std::string& job_id, int attempt) {
 }
 
 GangStatus MpirunLauncher::Poll(const std::string& job_id, int attempt) {
+  absl::StatusOr<GangStatus> status = Look(job_id, attempt);
+  if (status.ok()) return *std::move(status);
+  return {.phase = GangStatus::Phase::kUnknown, .reason = std::string(status.status().message())};
+}
+
+absl::StatusOr<GangStatus> MpirunLauncher::Look(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
+  GangStatus status;
   // In this order: a supervisor writes exit.json before it ends.
-  const bool runs = ChildRuns(job_id, attempt) || FileLock::IsHeld(files.Lock());
+  bool runs = ChildRuns(job_id, attempt);
+  if (!runs) {
+    SIMPO_ASSIGN_OR_RETURN(runs, FileLock::IsHeld(files.Lock()));
+  }
   if (runs) {
-    if (fs::exists(files.Gang())) return {.phase = GangStatus::Phase::kTraining};
-    const bool supervised = fs::exists(files.Supervisor());
-    return {.phase = supervised ? GangStatus::Phase::kPreparing : GangStatus::Phase::kStarting};
+    SIMPO_ASSIGN_OR_RETURN(const bool training, Exists(files.Gang()));
+    SIMPO_ASSIGN_OR_RETURN(const bool supervised, Exists(files.Supervisor()));
+    if (supervised) status.phase = GangStatus::Phase::kPreparing;
+    if (training) status.phase = GangStatus::Phase::kTraining;
+    return status;
   }
-  const absl::StatusOr<AttemptExit> exit = ReadExit(files);
-  if (exit.ok()) return {.phase = GangStatus::Phase::kEnded, .exit = *exit};
+  absl::StatusOr<AttemptExit> exit = ReadExit(files);
+  if (exit.ok()) {
+    status.phase = GangStatus::Phase::kEnded;
+    status.exit = *std::move(exit);
+    return status;
+  }
+  if (!IsAbsent(exit.status())) return exit.status();
+  status.phase = GangStatus::Phase::kLost;
+  status.reason = "its supervisor could not begin; see launcher.log";
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
-  if (supervisor.ok() && supervisor->boot_id != BootId()) {
-    return {.phase = GangStatus::Phase::kLost, .reason = "the machine was restarted"};
+  if (!supervisor.ok() && !IsAbsent(supervisor.status())) return supervisor.status();
+  if (supervisor.ok()) {
+    SIMPO_ASSIGN_OR_RETURN(const std::string boot_id, BootId());
+    status.reason = supervisor->boot_id == boot_id ? "its supervisor ended without a word (killed, or out of memory)"
+                                                   : "the machine was restarted";
   }
-  return {.phase = GangStatus::Phase::kLost,
-          .reason = supervisor.ok() ? "its supervisor ended without a word (killed, or out of memory)"
-                                    : "its supervisor could not begin; see launcher.log"};
+  return status;
 }
 
 std::optional<std::chrono::milliseconds> MpirunLauncher::RunsFor(const std::string& job_id, int attempt) {
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
-  if (!supervisor.ok() || supervisor->boot_id != BootId()) return std::nullopt;
+  const absl::StatusOr<std::string> boot_id = BootId();
+  if (!supervisor.ok() || !boot_id.ok() || supervisor->boot_id != *boot_id) return std::nullopt;
   return Age(*supervisor);
 }
 
-void MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
-  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
-  if (supervisor.ok()) SignalProcess(*supervisor, SIGTERM);
+absl::Status MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
+  return SignalSupervisor(Files(job_id, attempt), SIGTERM);
 }
 
-void MpirunLauncher::Kill(const std::string& job_id, int attempt) {
+absl::Status MpirunLauncher::Kill(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
   if (supervisor.ok()) SignalProcess(*supervisor, SIGKILL);
@@ -161,10 +183,17 @@ void MpirunLauncher::Forget(const std::string& job_id) {
 }
 
 void MpirunLauncher::Sweep(const std::function<bool(const std::string& job_id)>& is_live) {
-  std::error_code error;
-  std::vector<std::string> left;
-  for (const auto& entry : fs::directory_iterator(options_.attempts_dir, error)) {
-    if (const std::string job_id = entry.path().filename().string(); !is_live(job_id)) left.push_back(job_id);
+  const absl::StatusOr<std::vector<std::string>> jobs = NamesIn(options_.attempts_dir);
+  if (!jobs.ok()) return LOG_WARNING(std::string(jobs.status().message()));
+  for (const std::string& job_id : *jobs) {
+    if (is_live(job_id)) continue;
+    if (const absl::Status status = EndAttempts(job_id); !status.ok()) {
+      // Without its folder nobody would find it any more.
+      LOG_WARNING(absl::StrCat("job ", job_id, " is not known here, but may run; the next coordinator looks again: ",
+                               std::string(status.message())));
+    } else {
+      Forget(job_id);
+    }
   }
   for (const std::string& job_id : left) {
     for (const auto& entry : fs::directory_iterator(options_.attempts_dir / job_id, error)) {
@@ -175,8 +204,10 @@ void MpirunLauncher::Sweep(const std::function<bool(const std::string& job_id)>&
         Kill(job_id, attempt);
       }
     }
-    Forget(job_id);
+    LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
+    SIMPO_RETURN_IF_ERROR(Kill(job_id, attempt));
   }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::string> MpirunLauncher::ReadSecret(const std::string& job_id, int attempt) {

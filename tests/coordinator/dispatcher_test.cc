@@ -421,6 +421,49 @@ TEST_F(DispatcherTest, ALostGangIsSweptAndRestarted) {
   EXPECT_FALSE(views_->FindById(id)->attempts[0].has_exit_code());
 }
 
+TEST_F(DispatcherTest, AGangThatCannotBeLookedAtIsNotLost) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  const absl::Status full = absl::UnavailableError("too many open files");
+  launcher_.FailLooks(full);
+  StartCoordinator();
+  for (int i = 0; i < 100; ++i) Pass(seconds(1));
+  EXPECT_EQ(State(id), "RUNNING");
+  EXPECT_EQ(Job(id).attempt(), 1);
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(seconds(1));
+  EXPECT_EQ(launcher_.Count("publish"), 1) << "now its ranks are let in and know where to go";
+  EXPECT_FALSE(views_->FindById(id)->secret.empty());
+  AttachAll(id, 1, 1);
+
+  // What could not be sent is sent when it can be.
+  launcher_.FailLooks(full);
+  Cancel(id);
+  for (int i = 0; i < 20; ++i) Pass(seconds(1));
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(milliseconds(200));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  EXPECT_EQ(launcher_.Count("kill"), 1);
+  Pass(seconds(1));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  EXPECT_EQ(launcher_.Count("kill"), 1);
+}
+
+TEST_F(DispatcherTest, AStartThatMayHaveBeenMadeIsNotMadeAgain) {
+  const std::string id = Start(JobYaml(1));
+  launcher_.FailLooks(absl::UnavailableError("too many open files"));
+  launcher_.FailStarts(absl::UnavailableError("too many open files"));
+  StartCoordinator();
+  for (int i = 0; i < 10; ++i) Pass(seconds(1));
+  EXPECT_EQ(State(id), "LAUNCHING");
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(seconds(1));
+  EXPECT_EQ(State(id), "LAUNCHING") << "it runs";
+  EXPECT_EQ(Job(id).attempt(), 1);
+  EXPECT_FALSE(views_->FindById(id)->secret.empty());
+  EXPECT_EQ(launcher_.started().size(), 1u);
+}
+
 TEST_F(DispatcherTest, AGangThatCannotBeStartedIsAFault) {
   launcher_.FailStarts(absl::UnavailableError("disk full"));
   const std::string id = Start(JobYaml(1, "max_restarts: 0\n"));
