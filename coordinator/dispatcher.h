@@ -146,7 +146,7 @@ class Dispatcher {
   void KeepHouse(Moment now);
   void RemoveJob(int64_t sequence);
   void PublishChanged();
-  absl::Status LoadLive(JobRecord& record);
+  absl::Status LoadLive(JobRecord& record, Moment now);
   // What was stored in the calendar's time, as far as it can be right: not after now.
   void TakeStoredTimes(JobRecord& record, Moment now) const;
   // The calendar as it was when this coordinator began, carried on by the clock that never jumps: how long something
@@ -183,8 +183,10 @@ class Dispatcher {
   void Escalate(JobRecord& record, Moment now);
   void LookAtRanks(JobRecord& record, Moment now);
   void EndForFault(JobRecord& record, HungRank fault, Moment now);
+  // When an attempt has ended that ended by itself; see JobRecord::started_ms. The coordinator may have been away then.
+  int64_t EndOf(const JobRecord& record, const GangStatus& status, Moment now) const;
   // `what` tells more than the exit code, or is empty.
-  void EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now);
+  void EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, int64_t ended_ms, Moment now);
   void TakeLeftPoints(JobRecord& record, Moment now);
   static std::string DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& what);
 

@@ -429,7 +429,17 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
     const std::optional<int> exit_code = lost ? std::nullopt : std::optional(status.exit.exit_code);
     std::optional<v1::FaultKind> seen;
     if (gang.fault) seen = gang.fault->of_machine ? v1::FAULT_KIND_MACHINE : v1::FAULT_KIND_JOB;
-    return EndAttempt(record, {.exit_code = exit_code, .seen = seen}, lost ? status.reason : "", now);
+    return EndAttempt(record, {.exit_code = exit_code, .seen = seen}, lost ? status.reason : "",
+                      EndOf(record, status, now), now);
+  }
+  if (status.phase == GangStatus::Phase::kUnknown) {
+    Managed(record, absl::UnavailableError(status.reason));
+    status.phase = gang.phase;
+    // Who can open no file takes no stream of a rank either: this is nobody's silence.
+    for (RankHealth& health : gang.health) health.last_heard = health.last_moved = now.steady;
+    if (gang.started) gang.started = now.steady;
+  } else {
+    record.seen_ms = EvenMillis(now);
   }
   if (gang.phase_since == SteadyTime()) gang.phase_since = now.steady;
   if (status.phase != gang.phase) {
@@ -528,7 +538,20 @@ void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   }
 }
 
-void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now) {
+int64_t Dispatcher::EndOf(const JobRecord& record, const GangStatus& status, Moment now) const {
+  const int64_t now_ms = EvenMillis(now);
+  const int64_t seen_ms = std::clamp(record.seen_ms, std::min(record.started_ms, now_ms), now_ms);
+  // When it was lost is not known, but it ran so long at least.
+  if (status.phase == GangStatus::Phase::kLost) return seen_ms;
+  if (status.exit.time_ms <= 0) return now_ms;
+  // By the calendar, which may have been set since; where this coordinator has seen it run, that counts.
+  const bool watched = record.gang->phase_since != SteadyTime();
+  const int64_t ago_ms = std::max<int64_t>(0, now.unix_ms - status.exit.time_ms);
+  return std::clamp(now_ms - ago_ms, watched ? seen_ms : std::min(record.started_ms, now_ms), now_ms);
+}
+
+void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, int64_t ended_ms,
+                            Moment now) {
   v1::Job& job = record.job;
   v1::Attempt& attempt = record.attempts.back();
   attempt.set_checkpoint_step(job.progress().checkpoint_step());
@@ -546,8 +569,9 @@ void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std:
   const bool of_machine = verdict.meaning == ExitMeaning::kMachineFault;
 
   // A clock that was set back does not make the attempt end before it began.
-  *attempt.mutable_end_time() = ToTimestamp(std::max(now.unix_ms, UnixMillis(attempt.start_time())));
-  record.waiting_since_ms = EvenMillis(now);
+  const int64_t ended_unix_ms = now.unix_ms - (EvenMillis(now) - ended_ms);
+  *attempt.mutable_end_time() = ToTimestamp(std::max(ended_unix_ms, UnixMillis(attempt.start_time())));
+  record.waiting_since_ms = ended_ms;
   record.run_before_ms = RunMillis(record, record.waiting_since_ms);
   record.started_ms = record.waiting_since_ms;
   if (end.exit_code) attempt.set_exit_code(*end.exit_code);

@@ -84,6 +84,7 @@ struct JobRecord {
   // clock that they are from may be set back or forward.
   int64_t waiting_since_ms = 0;         // its submission, or the end of its last attempt
   int64_t started_ms = 0;               // of the current attempt
+  int64_t seen_ms = 0;                  // when it was last known to run
   int64_t run_before_ms = 0;            // how long the attempts before it have run in all
   int64_t not_before_ms = 0;            // end of the pause before the next attempt
   std::optional<Gang> gang;             // exactly while HoldsGang(job.state())

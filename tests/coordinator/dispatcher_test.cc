@@ -778,6 +778,54 @@ TEST_F(DispatcherTest, TheTimeLimitEndsAJob) {
   EXPECT_TRUE(channels[0]->WasToldToStop());
 }
 
+// Nobody was there when it ended, for much longer than it may run.
+TEST_F(DispatcherTest, TimeAfterAnUnseenEndIsNoTimeOfTheJob) {
+  constexpr int64_t kSecond = 1'000;
+  const std::string id = Start(JobYaml(1, "time_limit: 10m\n"));
+  AttachAll(id, 1, 1);
+  const int64_t began = now_.unix_ms;
+  launcher_.End(id, 1, 75, began + 120 * kSecond);
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  StartCoordinator();
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  EXPECT_EQ(UnixMillis(views_->FindById(id)->attempts[0].end_time()), began + 120 * kSecond);
+  Pass(seconds(2));
+  ASSERT_EQ(State(id), "LAUNCHING");
+
+  // Lost, and nobody knows when: it has reported after 60 seconds.
+  AttachAll(id, 2, 1);
+  for (int i = 0; i < 60; ++i) Pass(seconds(1));
+  Say(id, 2, 0, StepMessage(1));
+  launcher_.Lose(id, 2, "the machine was restarted");
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  LoadAnew();
+  dispatcher_->Adopt(launcher_, now_);
+  Flush();
+  StartCoordinator();  // the one before has adopted it and was gone before it looked
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  Pass(seconds(3));
+  ASSERT_EQ(State(id), "LAUNCHING");
+
+  // One that was to be started two hours ago begins now.
+  FakeLauncher fresh;
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  LoadAnew();
+  dispatcher_->Adopt(fresh, now_);
+  Flush();
+  ASSERT_EQ(fresh.started().size(), 1u);
+  EXPECT_EQ(UnixMillis(views_->FindById(id)->attempts[2].start_time()), now_.unix_ms);
+  AttachAll(id, 3, 1);
+  Pass(seconds(600 - 120 - 60 - 5));
+  EXPECT_EQ(State(id), "RUNNING") << Job(id).reason();
+  Pass(seconds(10));
+  EXPECT_EQ(State(id), "CANCELLING");
+}
+
 TEST_F(DispatcherTest, ANewCoordinatorAdoptsWhatRuns) {
   const std::string id = Start(JobYaml(2));
   AttachAll(id, 1, 2);

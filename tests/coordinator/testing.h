@@ -138,11 +138,12 @@ class FakeLauncher final : public Launcher {
     const std::lock_guard lock(mutex_);
     gangs_[Name(job_id, attempt)].phase = phase;
   }
-  void End(const std::string& job_id, int attempt, int exit_code) {
+  void End(const std::string& job_id, int attempt, int exit_code, int64_t unix_ms = 0) {
     const std::lock_guard lock(mutex_);
     GangStatus& status = gangs_[Name(job_id, attempt)];
     status.phase = GangStatus::Phase::kEnded;
     status.exit.exit_code = exit_code;
+    status.exit.time_ms = unix_ms;
   }
   void Lose(const std::string& job_id, int attempt, const std::string& reason) {
     const std::lock_guard lock(mutex_);
