@@ -239,7 +239,13 @@ absl::Status Dispatcher::LoadLive(JobRecord& record, Moment now) {
   if (eval) *record.job.mutable_progress()->mutable_eval_metrics() = eval->point().values();
   SIMPO_ASSIGN_OR_RETURN(const auto events, jobs_.LastEvents(record.sequence, kEventsOfAJob));
   for (const v1::JobEvent& event : events) {
-    if (event.type() == "checkpoint") record.checkpoint_ms = UnixMillis(event.time());
+    const bool complete = event.type() == "checkpoint";
+    if (complete) record.checkpoint_ms = UnixMillis(event.time());
+    if (complete || event.type() == "checkpoint_asked") {
+      record.checkpoint_asked = !complete && event.attempt() == record.job.attempt();
+    }
+    // To be adopted is no sign of life: its gang has not been looked at then.
+    if (event.type() != "adopted") seen(event.time(), event.attempt());
     if (event.attempt() == record.job.attempt()) record.worker_events.insert(EventKey(event.type(), event.message()));
   }
   if (record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty()) {
@@ -522,13 +528,11 @@ void Dispatcher::Checkpoint(const std::string& job_id, Moment now, CheckpointDon
     return done(absl::FailedPreconditionError(
         absl::StrCat("rank 0 of job ", job_id, " is not connected at the moment; try again in some seconds")));
   }
+  record->checkpoint_asked = true;  // until it is complete: this stream may break before the rank has heard of it
   AddEvent(*record, "checkpoint_asked", "a checkpoint at the next step was asked for", now.unix_ms);
   acknowledgements_.push_back([record, channel = rank.channel, done = std::move(done)](const absl::Status& status) {
     if (!status.ok()) return done(status);
-    v1::AttachResponse command;
-    command.mutable_command()->set_kind(v1::COMMAND_KIND_CHECKPOINT);
-    command.mutable_command()->set_reason("asked for by a user");
-    channel->Send(std::move(command));
+    channel->Send(CheckpointCommand());
     v1::CheckpointJobResponse response;
     *response.mutable_job() = record->job;
     done(std::move(response));
@@ -612,6 +616,7 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
   record.gang->ranks.resize(job.ranks());
   record.gang->health.resize(job.ranks());
   record.worker_events.clear();
+  record.checkpoint_asked = false;
   Apply(record, JobTrigger::kSlotsAssigned, "launched",
         absl::StrCat("starting attempt ", job.attempt(), " on ", job.ranks(), job.ranks() == 1 ? " rank" : " ranks"),
         now);

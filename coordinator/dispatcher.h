@@ -223,6 +223,7 @@ class Dispatcher {
   Stats stats_;
 };
 
+v1::AttachResponse CheckpointCommand();
 // The picture of a record that others see.
 std::shared_ptr<const JobView> MakeView(const JobRecord& record);
 

@@ -69,6 +69,13 @@ bool AnyAttached(const Gang& gang) {
 
 }  // namespace
 
+v1::AttachResponse CheckpointCommand() {
+  v1::AttachResponse response;
+  response.mutable_command()->set_kind(v1::COMMAND_KIND_CHECKPOINT);
+  response.mutable_command()->set_reason("asked for by a user");
+  return response;
+}
+
 int64_t RunMillis(const JobRecord& record, int64_t even_ms) {
   return record.run_before_ms + (record.gang ? std::max<int64_t>(0, even_ms - record.started_ms) : 0);
 }
@@ -188,7 +195,11 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
       welcome.set_last_stored_eval_step(eval_step);
       welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
       channel->Send(std::move(response));
-      if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
+      if (gang->stop_asked) {
+        channel->Send(StopCommand(record->job.reason()));
+      } else if (id.rank == 0 && record->checkpoint_asked) {
+        channel->Send(CheckpointCommand());
+      }
       if (Rank& rank = gang->ranks[id.rank]; rank.channel == channel) rank.welcomed = true;
     });
   });
@@ -328,6 +339,7 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   if (event.type() == "checkpoint" && event.step() > 0) {
     record.job.mutable_progress()->set_checkpoint_step(event.step());
     record.checkpoint_ms = time_ms;
+    record.checkpoint_asked = false;
   }
   if (event.type() == "resumed") {
     record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));

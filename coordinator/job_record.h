@@ -92,6 +92,7 @@ struct JobRecord {
   bool changed = false;                 // since the last picture of it was published
   bool heard = false;                   // ranks have been heard since then
   std::set<std::string> worker_events;  // what ranks have said; they say it again after an outage
+  bool checkpoint_asked = false;        // of the current attempt by a user, and none has been complete since
   double mean_step_seconds = 0;         // over the latest steps, for the estimate of the end
 
   // For the metrics page.

@@ -681,6 +681,18 @@ TEST_F(DispatcherTest, ACheckpointOnRequest) {
   EXPECT_EQ(ValueOf(ask()).job().id(), id);
   EXPECT_EQ(channels[0]->sent().back().command().kind(), v1::COMMAND_KIND_CHECKPOINT);
   EXPECT_EQ(EventTypes(id).back(), "checkpoint_asked");
+
+  // The stream broke, or the coordinator ended: the rank may not have heard of it, until the checkpoint is complete.
+  const auto told_again = [&] {
+    return AttachAll(id, 1, 1)[0]->sent().back().command().kind() == v1::COMMAND_KIND_CHECKPOINT;
+  };
+  EXPECT_TRUE(told_again());
+  StartCoordinator();
+  EXPECT_TRUE(told_again());
+  Say(id, 1, 0, EventMessage("checkpoint", "checkpoint after step 1", 1));
+  EXPECT_FALSE(told_again());
+  StartCoordinator();
+  EXPECT_FALSE(told_again());
   Say(id, 1, 0, StepMessage(1));
   Cancel(id);
   EXPECT_EQ(ask().status().code(), absl::StatusCode::kFailedPrecondition) << "it is about to leave";
