@@ -52,6 +52,45 @@ absl::Status ReplaceFile(const fs::path& path, const std::string& content) {
       absl::StrCat("cannot write ", path.string(), error ? ": " + error.message() : "; is the disk full?"));
 }
 
+absl::StatusOr<bool> Exists(const fs::path& path) {
+  std::error_code error;
+  const bool exists = fs::exists(path, error);
+  if (error) return absl::UnavailableError(absl::StrCat("cannot look at ", path.string(), ": ", error.message()));
+  return exists;
+}
+
+absl::StatusOr<std::vector<std::string>> NamesIn(const fs::path& dir) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator entry(dir, error), end; !error && entry != end; entry.increment(error)) {
+    names.push_back(entry->path().filename().string());
+  }
+  if (!error || error == std::errc::no_such_file_or_directory || error == std::errc::not_a_directory) return names;
+  return absl::UnavailableError(absl::StrCat("cannot list the folder ", dir.string(), ": ", error.message()));
+}
+
+// Those that another job has left in an attempt's log_dir. Not through links: they may lead to what is not the job's.
+void RemoveLogs(const GangRequest& request) {
+  std::error_code error;
+  const fs::path inside = request.log_dir.lexically_relative(request.output_dir);
+  if (fs::canonical(request.log_dir, error) != fs::canonical(request.output_dir, error) / inside || error) return;
+  std::vector<fs::path> logs;
+  for (fs::directory_iterator entry(request.log_dir, error), end; !error && entry != end; entry.increment(error)) {
+    if (entry->path().extension() == ".log") logs.push_back(entry->path());
+  }
+  for (const fs::path& log : logs) fs::remove(log, error);
+}
+
+// Whether an error says that what was asked for is not there or of no use, and not that it cannot be looked at now.
+bool IsAbsent(const absl::Status& status) { return absl::IsNotFound(status) || absl::IsDataLoss(status); }
+
+// OK also where there is no supervisor yet, or none any more.
+absl::Status SignalSupervisor(const AttemptFiles& files, int signal) {
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
+  const absl::Status status = supervisor.ok() ? SignalProcess(*supervisor, signal) : supervisor.status();
+  return IsAbsent(status) ? absl::OkStatus() : status;
+}
+
 }  // namespace
 
 AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const {
@@ -68,7 +107,10 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
   SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
   SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read | fs::perms::group_exec |
                                                      fs::perms::others_read | fs::perms::others_exec));
-  if (!fs::exists(files.Secret())) {
+  SIMPO_ASSIGN_OR_RETURN(const bool has_secret, Exists(files.Secret()));
+  if (!has_secret) {
+    // All who write to the logs append to them; this attempt's must not go on after those of a job before it.
+    RemoveLogs(request);
     SIMPO_ASSIGN_OR_RETURN(const std::string secret, NewSecret());
     SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Secret(), secret + "\n", 0600));
   }

@@ -102,8 +102,61 @@ TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
   EXPECT_THAT(log, HasSubstr("threads 3"));
   EXPECT_EQ(ReadText(Files().Job()), "beta: 2\n");
   EXPECT_EQ(ReadText(dir_ / "out" / "job.yaml"), "beta: 2\n");
-  const AttemptSpec spec{.job_id = job_id_};
-  EXPECT_FALSE(std::filesystem::exists(ScratchDir(spec)));
+}
+
+TEST_F(LauncherTest, TheScratchFolderIsNewAndPrivateAndGoesWithTheGang) {
+  const std::filesystem::path guessed = "/dev/shm/simpo-" + job_id_ + "-1";
+  WriteText(guessed / "planted", "");
+  Launcher("", "stat -c 'mode %a' $OMPI_MCA_orte_tmpdir_base; ls -A $OMPI_MCA_orte_tmpdir_base; exec sleep 600");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return Log().find("mode ") != std::string::npos; })) << Log();
+  EXPECT_THAT(Log(), HasSubstr("mode 700\n"));
+  EXPECT_EQ(Log().find("planted"), std::string::npos) << "another's folder is not taken over";
+  const std::string scratch = ReadText(Files().Scratch());
+  EXPECT_TRUE(std::filesystem::is_directory(scratch)) << scratch;
+  ASSERT_OK(launcher_->Terminate(job_id_, 1));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_FALSE(std::filesystem::exists(scratch));
+  EXPECT_TRUE(std::filesystem::exists(guessed / "planted"));
+  std::filesystem::remove_all(guessed);
+}
+
+TEST_F(LauncherTest, TheScratchFolderOfALostGangGoesToo) {
+  Launcher("", "exec sleep 600");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  const std::string scratch = ReadText(Files().Scratch());
+  EXPECT_TRUE(std::filesystem::is_directory(scratch)) << scratch;
+  kill(ReadSupervisor(Files())->pid, SIGKILL);
+  ASSERT_TRUE(Reaches(Phase::kLost));
+  ASSERT_OK(launcher_->Kill(job_id_, 1));
+  EXPECT_FALSE(std::filesystem::exists(scratch));
+}
+
+TEST_F(LauncherTest, TheLogsOfAnEarlierJobInTheFolderAreNotThisOnes) {
+  const std::filesystem::path logs = dir_ / "out" / "logs";
+  WriteText(logs / "launcher.log", "simpo-worker: the words of the one before\n");
+  WriteText(logs / "rank-3.log", "simpo-worker: its rank 3\n");
+  WriteText(logs / "notes.txt", "the user's");
+  Launcher("echo prepared", "echo trains; exit 75");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_OK(launcher_->Start(Request()).status());  // an attempt that runs keeps its own
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_EQ(LastWords(logs), "");
+  EXPECT_THAT(Log(), HasSubstr("prepared\ntrains\n"));
+  EXPECT_FALSE(std::filesystem::exists(logs / "rank-3.log"));
+  EXPECT_TRUE(std::filesystem::exists(logs / "notes.txt"));
+}
+
+TEST_F(LauncherTest, LogsBehindALinkAreLeftAlone) {
+  WriteText(dir_ / "others" / "rank-0.log", "another's");
+  std::filesystem::create_directories(dir_ / "out");
+  std::filesystem::create_directory_symlink(dir_ / "others", dir_ / "out" / "logs");
+  Launcher("", "");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kEnded));
+  EXPECT_EQ(ReadText(dir_ / "others" / "rank-0.log"), "another's");
 }
 
 TEST_F(LauncherTest, ALogThatGrowsTooLargeBeginsAnewAndSaysSo) {
