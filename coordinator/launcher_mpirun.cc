@@ -207,13 +207,10 @@ absl::Status MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
 
 absl::Status MpirunLauncher::Kill(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
-  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
-  if (supervisor.ok()) SignalProcess(*supervisor, SIGKILL);
-  SignalProcessesWithEnvironment(kSecretFileVariable, files.Secret().string(), SIGKILL);
-  if (const absl::StatusOr<AttemptSpec> spec = ReadAttemptSpec(files); spec.ok()) {
-    std::error_code error;
-    fs::remove_all(ScratchDir(*spec), error);
-  }
+  absl::Status status = SignalSupervisor(files, SIGKILL);
+  status.Update(SignalProcessesWithEnvironment(kSecretFileVariable, files.Secret().string(), SIGKILL));
+  RemoveScratch(files);
+  return status;
 }
 
 void MpirunLauncher::Forget(const std::string& job_id) {
@@ -237,14 +234,17 @@ void MpirunLauncher::Sweep(const std::function<bool(const std::string& job_id)>&
       Forget(job_id);
     }
   }
-  for (const std::string& job_id : left) {
-    for (const auto& entry : fs::directory_iterator(options_.attempts_dir / job_id, error)) {
-      int attempt = 0;
-      if (!absl::SimpleAtoi(entry.path().filename().string(), &attempt)) continue;
-      if (FileLock::IsHeld(Files(job_id, attempt).Lock())) {
-        LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
-        Kill(job_id, attempt);
-      }
+}
+
+absl::Status MpirunLauncher::EndAttempts(const std::string& job_id) {
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<std::string> names, NamesIn(options_.attempts_dir / job_id));
+  for (const std::string& name : names) {
+    int attempt = 0;
+    if (!absl::SimpleAtoi(name, &attempt)) continue;
+    SIMPO_ASSIGN_OR_RETURN(const bool held, FileLock::IsHeld(Files(job_id, attempt).Lock()));
+    if (!held) {
+      RemoveScratch(Files(job_id, attempt));
+      continue;
     }
     LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
     SIMPO_RETURN_IF_ERROR(Kill(job_id, attempt));

@@ -192,11 +192,7 @@ std::vector<std::string> GangCommand(const AttemptFiles& files, const AttemptSpe
 }
 
 // Both stages. What it returns is what exit.json says.
-AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec) {
-  const std::string scratch = ScratchDir(spec).string();
-  std::error_code error;
-  std::filesystem::create_directories(scratch, error);
-  std::filesystem::permissions(scratch, std::filesystem::perms::owner_all, error);
+AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec, const std::string& scratch) {
   const auto environment = GangEnvironment(files, spec, scratch);
 
   Stage stage(spec);
@@ -211,7 +207,7 @@ AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec) {
     exit.exit_code = stage.Run(GangCommand(files, spec), environment);
   }
   SweepDescendants();
-  std::filesystem::remove_all(scratch, error);
+  RemoveScratch(files);
   exit.time_ms = UnixMillis();
   return exit;
 }
@@ -225,8 +221,11 @@ absl::Status Supervise(const AttemptFiles& files) {
   if (error) return absl::UnavailableError(absl::StrCat("cannot look at ", files.dir.string(), ": ", error.message()));
   if (was_one) return absl::OkStatus();
   SIMPO_ASSIGN_OR_RETURN(const AttemptSpec spec, ReadAttemptSpec(files));
-  SIMPO_RETURN_IF_ERROR(WriteSupervisor(files, *IdentifyProcess(getpid())));
-  const AttemptExit exit = RunStages(files, spec);
+  SIMPO_ASSIGN_OR_RETURN(const ProcessIdentity self, IdentifyProcess(getpid()));
+  RemoveScratch(files);  // of one that came no further than the next line
+  SIMPO_ASSIGN_OR_RETURN(const std::filesystem::path scratch, MakeScratch(files, spec));
+  SIMPO_RETURN_IF_ERROR(WriteSupervisor(files, self));
+  const AttemptExit exit = RunStages(files, spec, scratch.string());
   LOG_INFO(absl::StrCat("job ", spec.job_id, ", attempt ", spec.attempt, ": ended in ", exit.phase, " with exit code ",
                         exit.exit_code));
   return WriteExit(files, exit);
