@@ -1,11 +1,12 @@
 #include "coordinator/attempt_files.h"
 
-#include <unistd.h>
+#include <stdlib.h>
 
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
+#include "common/file_system.h"
 #include "common/status_macros.h"
 
 namespace simpo {
@@ -85,9 +86,24 @@ absl::StatusOr<AttemptExit> ReadExit(const AttemptFiles& files) {
   });
 }
 
-std::filesystem::path ScratchDir(const AttemptSpec& spec) {
-  const char* base = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-  return std::filesystem::path(base) / absl::StrCat("simpo-", spec.job_id, "-", spec.attempt);
+absl::StatusOr<std::filesystem::path> MakeScratch(const AttemptFiles& files, const AttemptSpec& spec) {
+  absl::Status status;
+  for (const char* base : {"/dev/shm", "/tmp"}) {
+    std::string dir = absl::StrCat(base, "/simpo-", spec.job_id, "-", spec.attempt, "-XXXXXX");
+    if (mkdtemp(dir.data()) != nullptr) {
+      SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Scratch(), dir));
+      return dir;
+    }
+    status = ErrnoStatus("make a scratch folder in", base);
+  }
+  return status;
+}
+
+void RemoveScratch(const AttemptFiles& files) {
+  const absl::StatusOr<std::string> dir = ReadFile(files.Scratch(), kMaxBytes);
+  if (!dir.ok() || dir->empty()) return;
+  std::error_code error;
+  std::filesystem::remove_all(*dir, error);
 }
 
 }  // namespace simpo

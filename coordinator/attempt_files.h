@@ -23,6 +23,7 @@ struct AttemptFiles {
   std::filesystem::path Address() const { return dir / "coordinator_address"; }  // of the coordinator now
   std::filesystem::path Lock() const { return dir / "lock"; }                    // held by the supervisor
   std::filesystem::path Supervisor() const { return dir / "supervisor.json"; }   // ProcessIdentity
+  std::filesystem::path Scratch() const { return dir / "scratch"; }              // names the folder; see MakeScratch
   std::filesystem::path Gang() const { return dir / "gang_started"; }            // exists once mpirun runs
   std::filesystem::path Exit() const { return dir / "exit.json"; }               // AttemptExit; the last to be written
 };
@@ -57,8 +58,11 @@ absl::StatusOr<ProcessIdentity> ReadSupervisor(const AttemptFiles& files);
 absl::Status WriteExit(const AttemptFiles& files, const AttemptExit& exit);
 absl::StatusOr<AttemptExit> ReadExit(const AttemptFiles& files);
 
-// Where the attempt's processes keep what must not outlive them, such as shared memory segments.
-std::filesystem::path ScratchDir(const AttemptSpec& spec);
+// A new folder that only this user may use, where the attempt's processes keep what must not outlive them, such as
+// shared memory segments. Nobody can know its name before and lay something of their own there.
+absl::StatusOr<std::filesystem::path> MakeScratch(const AttemptFiles& files, const AttemptSpec& spec);
+// With all that is in it; also one that an earlier process has made for this attempt.
+void RemoveScratch(const AttemptFiles& files);
 
 // The name of the variable by which an attempt's processes are known; its value is Secret().
 inline constexpr char kSecretFileVariable[] = "SIMPO_ATTEMPT_SECRET_FILE";

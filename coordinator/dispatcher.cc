@@ -202,7 +202,7 @@ absl::Status Dispatcher::Load(Moment now) {
     JobRecord& record = AddRecord(std::move(job));
     TakeStoredTimes(record, now);
     const bool is_final = IsFinal(record.job.state());
-    if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record));
+    if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record, now));
     // The config of what ended long ago is of no more use.
     if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) {
       record.config = ConfigOf(record.job, *record.config_yaml);
@@ -217,7 +217,7 @@ void Dispatcher::TakeStoredTimes(JobRecord& record, Moment now) const {
   const auto stored = [&](const google::protobuf::Timestamp& time) { return std::min(UnixMillis(time), now.unix_ms); };
   record.waiting_since_ms = stored(record.job.create_time());
   for (const v1::Attempt& attempt : record.attempts) {
-    record.started_ms = stored(attempt.start_time());
+    record.started_ms = record.seen_ms = stored(attempt.start_time());
     if (!attempt.has_end_time()) continue;
     record.waiting_since_ms = stored(attempt.end_time());
     record.run_before_ms += std::max<int64_t>(0, record.waiting_since_ms - record.started_ms);
@@ -225,14 +225,27 @@ void Dispatcher::TakeStoredTimes(JobRecord& record, Moment now) const {
 }
 
 // The progress of a live job is not written at every step; its points are.
-absl::Status Dispatcher::LoadLive(JobRecord& record) {
+absl::Status Dispatcher::LoadLive(JobRecord& record, Moment now) {
   SIMPO_ASSIGN_OR_RETURN(const auto train, metrics_.LastReport(record.sequence, "train", /*attempt=*/0));
   SIMPO_ASSIGN_OR_RETURN(const auto eval, metrics_.LastReport(record.sequence, "eval", /*attempt=*/0));
+  const auto seen = [&](const google::protobuf::Timestamp& time, int attempt) {
+    const int64_t time_ms = std::min(UnixMillis(time), now.unix_ms);
+    if (attempt == record.job.attempt()) record.seen_ms = std::max(record.seen_ms, time_ms);
+  };
+  for (const auto& report : {train, eval}) {
+    if (report) seen(report->point().time(), report->point().attempt());
+  }
   if (train) ShowTrainReport(*train, record.job.mutable_progress());
   if (eval) *record.job.mutable_progress()->mutable_eval_metrics() = eval->point().values();
   SIMPO_ASSIGN_OR_RETURN(const auto events, jobs_.LastEvents(record.sequence, kEventsOfAJob));
   for (const v1::JobEvent& event : events) {
-    if (event.type() == "checkpoint") record.checkpoint_ms = UnixMillis(event.time());
+    const bool complete = event.type() == "checkpoint";
+    if (complete) record.checkpoint_ms = UnixMillis(event.time());
+    if (complete || event.type() == "checkpoint_asked") {
+      record.checkpoint_asked = !complete && event.attempt() == record.job.attempt();
+    }
+    // To be adopted is no sign of life: its gang has not been looked at then.
+    if (event.type() != "adopted") seen(event.time(), event.attempt());
     if (event.attempt() == record.job.attempt()) record.worker_events.insert(EventKey(event.type(), event.message()));
   }
   if (record.job.state() == v1::JOB_STATE_RESTARTING && !record.attempts.empty()) {
@@ -515,13 +528,11 @@ void Dispatcher::Checkpoint(const std::string& job_id, Moment now, CheckpointDon
     return done(absl::FailedPreconditionError(
         absl::StrCat("rank 0 of job ", job_id, " is not connected at the moment; try again in some seconds")));
   }
+  record->checkpoint_asked = true;  // until it is complete: this stream may break before the rank has heard of it
   AddEvent(*record, "checkpoint_asked", "a checkpoint at the next step was asked for", now.unix_ms);
   acknowledgements_.push_back([record, channel = rank.channel, done = std::move(done)](const absl::Status& status) {
     if (!status.ok()) return done(status);
-    v1::AttachResponse command;
-    command.mutable_command()->set_kind(v1::COMMAND_KIND_CHECKPOINT);
-    command.mutable_command()->set_reason("asked for by a user");
-    channel->Send(std::move(command));
+    channel->Send(CheckpointCommand());
     v1::CheckpointJobResponse response;
     *response.mutable_job() = record->job;
     done(std::move(response));
@@ -597,7 +608,7 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
     slots.set_slots(share.slots);
   }
   Write(jobs_.PutAttempt(record.sequence, attempt));
-  record.started_ms = EvenMillis(now);
+  record.started_ms = record.seen_ms = EvenMillis(now);
   // Ranks may train and be lost before they have ever reported. If nothing lay in the folder, what is found there
   // later is this job's all the same: a phase says so (see Launch).
   if (job.attempt() == 1 && IsUnused(job.output_dir())) job.mutable_progress()->set_phase("prepare");
@@ -605,43 +616,58 @@ void Dispatcher::BeginAttempt(JobRecord& record, const PlacementDecision::Start&
   record.gang->ranks.resize(job.ranks());
   record.gang->health.resize(job.ranks());
   record.worker_events.clear();
+  record.checkpoint_asked = false;
   Apply(record, JobTrigger::kSlotsAssigned, "launched",
         absl::StrCat("starting attempt ", job.attempt(), " on ", job.ranks(), job.ranks() == 1 ? " rank" : " ranks"),
         now);
 }
 
 void Dispatcher::Launch(JobRecord& record, Moment now) {
-  if (!record.gang) return;
-  record.gang->launched = true;
-  if (record.job.state() != v1::JOB_STATE_LAUNCHING) return;  // cancelled meanwhile; the next look finds no gang
+  if (!record.gang || record.gang->launched) return;
   const v1::Job& job = record.job;
+  const GangStatus found = launcher_->Poll(job.id(), job.attempt());
+  if (found.phase == GangStatus::Phase::kUnknown) {
+    // An earlier coordinator may have started it: neither this attempt nor another may begin. The next tick asks again.
+    Managed(record, absl::UnavailableError(found.reason));
+    return;
+  }
+  record.gang->launched = true;
+  // Cancelled meanwhile, or an earlier coordinator has started it.
+  if (job.state() != v1::JOB_STATE_LAUNCHING || found.phase != GangStatus::Phase::kLost) return OpenTo(record);
   // A link may lead elsewhere by now. Another attempt would find the same. A gang that an earlier coordinator started
   // was looked at then.
   const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
-  if (!violations.empty() && launcher_->Poll(job.id(), job.attempt()).phase == GangStatus::Phase::kLost) {
+  if (!violations.empty()) {
     record.gang->error = FormatViolations(violations, "job.yaml");
-    return EndAttempt(record, {.exit_code = kBadJob}, "", now);
+    return EndAttempt(record, {.exit_code = kBadJob}, "", EvenMillis(now), now);
   }
   // With a phase, what lies in the folder is this job's: it was unused, or an earlier attempt whose ranks had begun has
   // claimed it.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
-  absl::Status status = launcher_->Start({.job_id = job.id(),
-                                          .attempt = job.attempt(),
-                                          .ranks = job.ranks(),
-                                          .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
-                                          .nodes = NodeNames(record.attempts.back()),
-                                          .resume_latest = resume,
-                                          .job_yaml = *record.config_yaml,
-                                          .log_dir = record.attempts.back().log_dir(),
-                                          .output_dir = job.output_dir()});
-  if (status.ok()) {
-    absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
-    if (secret.ok()) record.gang->secret = *std::move(secret);
-    status = secret.status();
+  const absl::StatusOr<bool> started =
+      launcher_->Start({.job_id = job.id(),
+                        .attempt = job.attempt(),
+                        .ranks = job.ranks(),
+                        .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
+                        .nodes = NodeNames(record.attempts.back()),
+                        .resume_latest = resume,
+                        .job_yaml = *record.config_yaml,
+                        .log_dir = record.attempts.back().log_dir(),
+                        .output_dir = job.output_dir()});
+  if (started.ok()) {
+    if (*started && record.started_ms < EvenMillis(now)) {
+      // An earlier coordinator wanted to start it, and was gone before it did: it begins now.
+      v1::Attempt& attempt = record.attempts.back();
+      *attempt.mutable_start_time() = ToTimestamp(now.unix_ms);
+      Write(jobs_.PutAttempt(record.sequence, attempt));
+      record.started_ms = record.seen_ms = EvenMillis(now);
+      Queue(record);
+    }
+    Changed(record);
+    return OpenTo(record);
   }
-  if (status.ok()) return Changed(record);
   EndAttempt(record, {.seen = v1::FAULT_KIND_MACHINE},
-             absl::StrCat("could not be started: ", std::string(status.message())), now);
+             absl::StrCat("could not be started: ", std::string(started.status().message())), EvenMillis(now), now);
 }
 
 void Dispatcher::AfterPoints(PointsStored then) {

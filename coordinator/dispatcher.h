@@ -146,7 +146,7 @@ class Dispatcher {
   void KeepHouse(Moment now);
   void RemoveJob(int64_t sequence);
   void PublishChanged();
-  absl::Status LoadLive(JobRecord& record);
+  absl::Status LoadLive(JobRecord& record, Moment now);
   // What was stored in the calendar's time, as far as it can be right: not after now.
   void TakeStoredTimes(JobRecord& record, Moment now) const;
   // The calendar as it was when this coordinator began, carried on by the clock that never jumps: how long something
@@ -160,6 +160,10 @@ class Dispatcher {
 
   // dispatcher_gangs.cc: attempts and their ranks.
   void AdoptGang(JobRecord& record, Moment now);
+  // Has its ranks let in, and lets them know where; what fails is done at the next tick.
+  void OpenTo(JobRecord& record);
+  // Whether the launcher has done something. What it is asked again several times a second is logged once.
+  static bool Managed(JobRecord& record, const absl::Status& status);
   Gang* GangOf(const RankId& rank, JobRecord** record);
   void TakeHeartbeat(JobRecord& record, const RankId& from, const v1::Heartbeat& heartbeat, Moment now);
   void TakeReport(JobRecord& record, v1::StepReport report, Moment now);
@@ -179,8 +183,10 @@ class Dispatcher {
   void Escalate(JobRecord& record, Moment now);
   void LookAtRanks(JobRecord& record, Moment now);
   void EndForFault(JobRecord& record, HungRank fault, Moment now);
+  // When an attempt has ended that ended by itself; see JobRecord::started_ms. The coordinator may have been away then.
+  int64_t EndOf(const JobRecord& record, const GangStatus& status, Moment now) const;
   // `what` tells more than the exit code, or is empty.
-  void EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now);
+  void EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, int64_t ended_ms, Moment now);
   void TakeLeftPoints(JobRecord& record, Moment now);
   static std::string DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& what);
 
@@ -217,6 +223,7 @@ class Dispatcher {
   Stats stats_;
 };
 
+v1::AttachResponse CheckpointCommand();
 // The picture of a record that others see.
 std::shared_ptr<const JobView> MakeView(const JobRecord& record);
 

@@ -69,6 +69,13 @@ bool AnyAttached(const Gang& gang) {
 
 }  // namespace
 
+v1::AttachResponse CheckpointCommand() {
+  v1::AttachResponse response;
+  response.mutable_command()->set_kind(v1::COMMAND_KIND_CHECKPOINT);
+  response.mutable_command()->set_reason("asked for by a user");
+  return response;
+}
+
 int64_t RunMillis(const JobRecord& record, int64_t even_ms) {
   return record.run_before_ms + (record.gang ? std::max<int64_t>(0, even_ms - record.started_ms) : 0);
 }
@@ -97,12 +104,8 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
     // Its ranks had reported; they have as long to be back as they may be silent.
     gang.health.assign(gang.ranks.size(), {.attached = true, .last_heard = now.steady, .last_moved = now.steady});
   }
-  absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
-  if (secret.ok()) {
-    gang.secret = *std::move(secret);
-    const absl::Status status = launcher_->PublishAddress(job.id(), job.attempt());
-    if (!status.ok()) LOG_ERROR(absl::StrCat("job ", job.id(), ": ", std::string(status.message())));
-  }
+  gang.address_due = true;
+  OpenTo(record);
   for (const char* split : {"train", "eval"}) {
     const absl::StatusOr<std::optional<v1::StepReport>> last =
         metrics_.LastReport(record.sequence, split, job.attempt());
@@ -119,6 +122,26 @@ void Dispatcher::AdoptGang(JobRecord& record, Moment now) {
   if (leaves) gang.stop_asked = now.steady;
   AddEvent(record, "adopted", absl::StrCat("the coordinator was restarted and goes on with attempt ", job.attempt()),
            now.unix_ms);
+}
+
+void Dispatcher::OpenTo(JobRecord& record) {
+  const v1::Job& job = record.job;
+  Gang& gang = *record.gang;
+  if (gang.secret.empty()) {
+    absl::StatusOr<std::string> secret = launcher_->ReadSecret(job.id(), job.attempt());
+    if (absl::IsNotFound(secret.status()) || !Managed(record, secret.status())) return;
+    gang.secret = *std::move(secret);
+    Changed(record);
+  }
+  if (gang.address_due) gang.address_due = !Managed(record, launcher_->PublishAddress(job.id(), job.attempt()));
+}
+
+bool Dispatcher::Managed(JobRecord& record, const absl::Status& status) {
+  if (!status.ok() && record.gang->troubles.insert(std::string(status.message())).second) {
+    LOG_WARNING(absl::StrCat("job ", record.job.id(), ", attempt ", record.job.attempt(),
+                             ", will be tried again: ", std::string(status.message())));
+  }
+  return status.ok();
 }
 
 Gang* Dispatcher::GangOf(const RankId& rank, JobRecord** record) {
@@ -172,7 +195,11 @@ void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> cha
       welcome.set_last_stored_eval_step(eval_step);
       welcome.set_heartbeat_interval_ms(static_cast<int32_t>(options_.heartbeat_interval.count()));
       channel->Send(std::move(response));
-      if (gang->stop_asked) channel->Send(StopCommand(record->job.reason()));
+      if (gang->stop_asked) {
+        channel->Send(StopCommand(record->job.reason()));
+      } else if (id.rank == 0 && record->checkpoint_asked) {
+        channel->Send(CheckpointCommand());
+      }
       if (Rank& rank = gang->ranks[id.rank]; rank.channel == channel) rank.welcomed = true;
     });
   });
@@ -312,6 +339,7 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   if (event.type() == "checkpoint" && event.step() > 0) {
     record.job.mutable_progress()->set_checkpoint_step(event.step());
     record.checkpoint_ms = time_ms;
+    record.checkpoint_asked = false;
   }
   if (event.type() == "resumed") {
     record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));
@@ -358,8 +386,8 @@ void Dispatcher::Terminate(JobRecord& record, Moment now) {
   Gang& gang = *record.gang;
   if (!gang.terminated) gang.terminated = now.steady;
   if (gang.termination_heard) return;
-  launcher_->Terminate(record.job.id(), record.job.attempt());
-  gang.termination_heard = gang.phase != GangStatus::Phase::kStarting;
+  const bool sent = Managed(record, launcher_->Terminate(record.job.id(), record.job.attempt()));
+  gang.termination_heard = sent && gang.phase != GangStatus::Phase::kStarting;
 }
 
 void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration since_tick) {
@@ -378,7 +406,12 @@ void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration s
 void Dispatcher::Tick(Moment now) {
   std::vector<JobRecord*> with_gang;
   for (const auto& [sequence, record] : live_) {
-    if (record->gang && record->gang->launched) with_gang.push_back(record);
+    if (!record->gang) continue;
+    if (record->gang->launched) {
+      with_gang.push_back(record);
+    } else {
+      launches_.push_back(record);  // could not be looked at, see Launch
+    }
   }
   for (JobRecord* record : with_gang) TendGang(*record, now);
   for (JobRecord* record : std::exchange(heard_, {})) {
@@ -393,12 +426,14 @@ void Dispatcher::Tick(Moment now) {
 void Dispatcher::TendGang(JobRecord& record, Moment now) {
   const v1::Job& job = record.job;
   Gang& gang = *record.gang;
-  const GangStatus status = launcher_->Poll(job.id(), job.attempt());
+  OpenTo(record);
+  GangStatus status = launcher_->Poll(job.id(), job.attempt());
   if (status.phase == GangStatus::Phase::kEnded || status.phase == GangStatus::Phase::kLost) {
     const bool lost = status.phase == GangStatus::Phase::kLost;
-    if (!std::exchange(gang.files_read, true)) {
-      // Without its supervisor nothing else ends what may be left of it.
-      if (lost) launcher_->Kill(job.id(), job.attempt());
+    if (!gang.files_read) {
+      // Without its supervisor nothing else ends what may be left of it, and the next attempt must not find it.
+      if (lost && !Managed(record, launcher_->Kill(job.id(), job.attempt()))) return;
+      gang.files_read = true;
       TakeLeftPoints(record, now);
     }
     // Nobody would send these points again once the attempt has ended.
@@ -406,7 +441,17 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
     const std::optional<int> exit_code = lost ? std::nullopt : std::optional(status.exit.exit_code);
     std::optional<v1::FaultKind> seen;
     if (gang.fault) seen = gang.fault->of_machine ? v1::FAULT_KIND_MACHINE : v1::FAULT_KIND_JOB;
-    return EndAttempt(record, {.exit_code = exit_code, .seen = seen}, lost ? status.reason : "", now);
+    return EndAttempt(record, {.exit_code = exit_code, .seen = seen}, lost ? status.reason : "",
+                      EndOf(record, status, now), now);
+  }
+  if (status.phase == GangStatus::Phase::kUnknown) {
+    Managed(record, absl::UnavailableError(status.reason));
+    status.phase = gang.phase;
+    // Who can open no file takes no stream of a rank either: this is nobody's silence.
+    for (RankHealth& health : gang.health) health.last_heard = health.last_moved = now.steady;
+    if (gang.started) gang.started = now.steady;
+  } else {
+    record.seen_ms = EvenMillis(now);
   }
   if (gang.phase_since == SteadyTime()) gang.phase_since = now.steady;
   if (status.phase != gang.phase) {
@@ -464,8 +509,7 @@ void Dispatcher::Escalate(JobRecord& record, Moment now) {
   if (!gang.terminated) return;
   Terminate(record, now);
   if (!gang.killed && now.steady - *gang.terminated > options_.term_grace) {
-    gang.killed = true;
-    launcher_->Kill(record.job.id(), record.job.attempt());
+    gang.killed = Managed(record, launcher_->Kill(record.job.id(), record.job.attempt()));
   }
 }
 
@@ -506,7 +550,20 @@ void Dispatcher::TakeLeftPoints(JobRecord& record, Moment now) {
   }
 }
 
-void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, Moment now) {
+int64_t Dispatcher::EndOf(const JobRecord& record, const GangStatus& status, Moment now) const {
+  const int64_t now_ms = EvenMillis(now);
+  const int64_t seen_ms = std::clamp(record.seen_ms, std::min(record.started_ms, now_ms), now_ms);
+  // When it was lost is not known, but it ran so long at least.
+  if (status.phase == GangStatus::Phase::kLost) return seen_ms;
+  if (status.exit.time_ms <= 0) return now_ms;
+  // By the calendar, which may have been set since; where this coordinator has seen it run, that counts.
+  const bool watched = record.gang->phase_since != SteadyTime();
+  const int64_t ago_ms = std::max<int64_t>(0, now.unix_ms - status.exit.time_ms);
+  return std::clamp(now_ms - ago_ms, watched ? seen_ms : std::min(record.started_ms, now_ms), now_ms);
+}
+
+void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std::string& what, int64_t ended_ms,
+                            Moment now) {
   v1::Job& job = record.job;
   v1::Attempt& attempt = record.attempts.back();
   attempt.set_checkpoint_step(job.progress().checkpoint_step());
@@ -524,8 +581,9 @@ void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std:
   const bool of_machine = verdict.meaning == ExitMeaning::kMachineFault;
 
   // A clock that was set back does not make the attempt end before it began.
-  *attempt.mutable_end_time() = ToTimestamp(std::max(now.unix_ms, UnixMillis(attempt.start_time())));
-  record.waiting_since_ms = EvenMillis(now);
+  const int64_t ended_unix_ms = now.unix_ms - (EvenMillis(now) - ended_ms);
+  *attempt.mutable_end_time() = ToTimestamp(std::max(ended_unix_ms, UnixMillis(attempt.start_time())));
+  record.waiting_since_ms = ended_ms;
   record.run_before_ms = RunMillis(record, record.waiting_since_ms);
   record.started_ms = record.waiting_since_ms;
   if (end.exit_code) attempt.set_exit_code(*end.exit_code);

@@ -35,13 +35,12 @@ absl::StatusOr<FileLock> FileLock::Acquire(const std::filesystem::path& path) {
   return absl::UnavailableError(absl::StrCat("cannot lock ", path.string(), ": ", std::strerror(errno)));
 }
 
-bool FileLock::IsHeld(const std::filesystem::path& path) {
-  const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (fd < 0) return false;
+absl::StatusOr<bool> FileLock::IsHeld(const std::filesystem::path& path) {
+  const FileLock file(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  if (file.fd_ < 0 && errno == ENOENT) return false;
   struct flock lock = WholeFile();
-  const bool held = fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
-  close(fd);
-  return held;
+  if (file.fd_ >= 0 && fcntl(file.fd_, F_OFD_GETLK, &lock) == 0) return lock.l_type != F_UNLCK;
+  return absl::UnavailableError(absl::StrCat("cannot look at the lock ", path.string(), ": ", std::strerror(errno)));
 }
 
 FileLock::~FileLock() {

@@ -15,8 +15,9 @@ class FileLock {
  public:
   // Makes the file when it is missing. ALREADY_EXISTS: another holder; UNAVAILABLE: no such folder...
   static absl::StatusOr<FileLock> Acquire(const std::filesystem::path& path);
-  // Whether somebody holds it. Does not take it, not even for a moment.
-  static bool IsHeld(const std::filesystem::path& path);
+  // Whether somebody holds it. Does not take it, not even for a moment. An error: that cannot be told at the moment,
+  // as when too many files are open.
+  static absl::StatusOr<bool> IsHeld(const std::filesystem::path& path);
 
   FileLock(FileLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
   FileLock& operator=(FileLock&& other) noexcept {

@@ -44,8 +44,9 @@ struct Rank {
 
 // The processes of the current attempt. Only in memory: a new coordinator builds it again.
 struct Gang {
-  bool launched = false;  // the launcher knows of it; before that there is nothing to look after
-  std::string secret;
+  bool launched = false;     // the launcher knows of it; before that there is nothing to look after
+  std::string secret;        // empty: it could not be read yet
+  bool address_due = false;  // its ranks cannot know yet where this coordinator is
   std::vector<Rank> ranks;
   std::vector<RankHealth> health;  // of each rank
   GangStatus::Phase phase = GangStatus::Phase::kStarting;
@@ -67,6 +68,7 @@ struct Gang {
   std::optional<SteadyTime> terminated;
   bool termination_heard = false;  // there was a supervisor to hear it
   bool killed = false;
+  std::set<std::string> troubles;  // that the launcher has had with it, and that were logged
 };
 
 // A job in memory. What must survive lies in the stores.
@@ -82,6 +84,7 @@ struct JobRecord {
   // clock that they are from may be set back or forward.
   int64_t waiting_since_ms = 0;         // its submission, or the end of its last attempt
   int64_t started_ms = 0;               // of the current attempt
+  int64_t seen_ms = 0;                  // when it was last known to run
   int64_t run_before_ms = 0;            // how long the attempts before it have run in all
   int64_t not_before_ms = 0;            // end of the pause before the next attempt
   std::optional<Gang> gang;             // exactly while HoldsGang(job.state())
@@ -89,6 +92,7 @@ struct JobRecord {
   bool changed = false;                 // since the last picture of it was published
   bool heard = false;                   // ranks have been heard since then
   std::set<std::string> worker_events;  // what ranks have said; they say it again after an outage
+  bool checkpoint_asked = false;        // of the current attempt by a user, and none has been complete since
   double mean_step_seconds = 0;         // over the latest steps, for the estimate of the end
 
   // For the metrics page.

@@ -29,10 +29,11 @@ struct GangRequest {
 
 // What is known of an attempt's processes.
 struct GangStatus {
-  enum class Phase { kStarting, kPreparing, kTraining, kEnded, kLost };
+  // kUnknown: it cannot be looked at now, as when too many files are open. It may run.
+  enum class Phase { kStarting, kPreparing, kTraining, kEnded, kLost, kUnknown };
   Phase phase = Phase::kStarting;
   AttemptExit exit;    // with kEnded
-  std::string reason;  // with kLost
+  std::string reason;  // with kLost and kUnknown
 };
 
 // Starts gangs through an engine that exists already. A gang outlives the coordinator: each function
@@ -41,17 +42,18 @@ class Launcher {
  public:
   virtual ~Launcher() = default;
 
-  // Starts an attempt, or finds that it has been started: never starts it twice.
-  virtual absl::Status Start(const GangRequest& request) = 0;
+  // Starts an attempt and returns true, or finds that it has been started: never starts it twice.
+  virtual absl::StatusOr<bool> Start(const GangRequest& request) = 0;
   // Cheap enough to be asked several times a second.
   virtual GangStatus Poll(const std::string& job_id, int attempt) = 0;
   // Since when the attempt's processes are there, by a clock that is never set; nothing where that cannot be told.
   virtual std::optional<std::chrono::milliseconds> RunsFor(const std::string& /*job_id*/, int /*attempt*/) {
     return std::nullopt;
   }
-  // Ends the gang without waiting for a checkpoint: kindly, or by force. Poll says when it is gone.
-  virtual void Terminate(const std::string& job_id, int attempt) = 0;
-  virtual void Kill(const std::string& job_id, int attempt) = 0;
+  // Ends the gang without waiting for a checkpoint: kindly, or by force. Poll says when it is gone. An error: it may
+  // not have heard of it and must be told again.
+  virtual absl::Status Terminate(const std::string& job_id, int attempt) = 0;
+  virtual absl::Status Kill(const std::string& job_id, int attempt) = 0;
   // What the attempt's ranks must show to report. NOT_FOUND before Start.
   virtual absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) = 0;
   // The coordinator's address for ranks that connect again.

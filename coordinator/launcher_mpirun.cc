@@ -52,6 +52,45 @@ absl::Status ReplaceFile(const fs::path& path, const std::string& content) {
       absl::StrCat("cannot write ", path.string(), error ? ": " + error.message() : "; is the disk full?"));
 }
 
+absl::StatusOr<bool> Exists(const fs::path& path) {
+  std::error_code error;
+  const bool exists = fs::exists(path, error);
+  if (error) return absl::UnavailableError(absl::StrCat("cannot look at ", path.string(), ": ", error.message()));
+  return exists;
+}
+
+absl::StatusOr<std::vector<std::string>> NamesIn(const fs::path& dir) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (fs::directory_iterator entry(dir, error), end; !error && entry != end; entry.increment(error)) {
+    names.push_back(entry->path().filename().string());
+  }
+  if (!error || error == std::errc::no_such_file_or_directory || error == std::errc::not_a_directory) return names;
+  return absl::UnavailableError(absl::StrCat("cannot list the folder ", dir.string(), ": ", error.message()));
+}
+
+// Those that another job has left in an attempt's log_dir. Not through links: they may lead to what is not the job's.
+void RemoveLogs(const GangRequest& request) {
+  std::error_code error;
+  const fs::path inside = request.log_dir.lexically_relative(request.output_dir);
+  if (fs::canonical(request.log_dir, error) != fs::canonical(request.output_dir, error) / inside || error) return;
+  std::vector<fs::path> logs;
+  for (fs::directory_iterator entry(request.log_dir, error), end; !error && entry != end; entry.increment(error)) {
+    if (entry->path().extension() == ".log") logs.push_back(entry->path());
+  }
+  for (const fs::path& log : logs) fs::remove(log, error);
+}
+
+// Whether an error says that what was asked for is not there or of no use, and not that it cannot be looked at now.
+bool IsAbsent(const absl::Status& status) { return absl::IsNotFound(status) || absl::IsDataLoss(status); }
+
+// OK also where there is no supervisor yet, or none any more.
+absl::Status SignalSupervisor(const AttemptFiles& files, int signal) {
+  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
+  const absl::Status status = supervisor.ok() ? SignalProcess(*supervisor, signal) : supervisor.status();
+  return IsAbsent(status) ? absl::OkStatus() : status;
+}
+
 }  // namespace
 
 AttemptFiles MpirunLauncher::Files(const std::string& job_id, int attempt) const {
@@ -68,7 +107,10 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
   SIMPO_RETURN_IF_ERROR(MakeDir(files.dir, fs::perms::owner_all));
   SIMPO_RETURN_IF_ERROR(MakeDir(request.log_dir, fs::perms::owner_all | fs::perms::group_read | fs::perms::group_exec |
                                                      fs::perms::others_read | fs::perms::others_exec));
-  if (!fs::exists(files.Secret())) {
+  SIMPO_ASSIGN_OR_RETURN(const bool has_secret, Exists(files.Secret()));
+  if (!has_secret) {
+    // All who write to the logs append to them; this attempt's must not go on after those of a job before it.
+    RemoveLogs(request);
     SIMPO_ASSIGN_OR_RETURN(const std::string secret, NewSecret());
     SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Secret(), secret + "\n", 0600));
   }
@@ -88,17 +130,19 @@ absl::Status MpirunLauncher::WriteFiles(const AttemptFiles& files, const GangReq
                                   .log_limit_bytes = options_.log_limit_bytes});
 }
 
-absl::Status MpirunLauncher::Start(const GangRequest& request) {
+absl::StatusOr<bool> MpirunLauncher::Start(const GangRequest& request) {
   const AttemptFiles files = Files(request.job_id, request.attempt);
   // A coordinator that died after this point has started it. If its supervisor is just about to take
   // the lock, a second one finds it taken and leaves.
-  if (fs::exists(files.Supervisor()) || FileLock::IsHeld(files.Lock())) return absl::OkStatus();
+  SIMPO_ASSIGN_OR_RETURN(const bool runs, FileLock::IsHeld(files.Lock()));
+  SIMPO_ASSIGN_OR_RETURN(const bool ran, Exists(files.Supervisor()));
+  if (runs || ran) return false;
   SIMPO_RETURN_IF_ERROR(WriteFiles(files, request));
   SIMPO_ASSIGN_OR_RETURN(const pid_t pid,
                          SpawnInNewSession({options_.supervisor, "supervise", "--attempt-dir", files.dir.string()},
                                            request.log_dir / kLauncherLog));
   children_[{request.job_id, request.attempt}] = pid;
-  return absl::OkStatus();
+  return true;
 }
 
 bool MpirunLauncher::ChildRuns(const std::string& job_id, int attempt) {
@@ -111,45 +155,62 @@ bool MpirunLauncher::ChildRuns(const std::string& job_id, int attempt) {
 }
 
 GangStatus MpirunLauncher::Poll(const std::string& job_id, int attempt) {
+  absl::StatusOr<GangStatus> status = Look(job_id, attempt);
+  if (status.ok()) return *std::move(status);
+  return {.phase = GangStatus::Phase::kUnknown, .reason = std::string(status.status().message())};
+}
+
+absl::StatusOr<GangStatus> MpirunLauncher::Look(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
+  GangStatus status;
   // In this order: a supervisor writes exit.json before it ends.
-  const bool runs = ChildRuns(job_id, attempt) || FileLock::IsHeld(files.Lock());
+  bool runs = ChildRuns(job_id, attempt);
+  if (!runs) {
+    SIMPO_ASSIGN_OR_RETURN(runs, FileLock::IsHeld(files.Lock()));
+  }
   if (runs) {
-    if (fs::exists(files.Gang())) return {.phase = GangStatus::Phase::kTraining};
-    const bool supervised = fs::exists(files.Supervisor());
-    return {.phase = supervised ? GangStatus::Phase::kPreparing : GangStatus::Phase::kStarting};
+    SIMPO_ASSIGN_OR_RETURN(const bool training, Exists(files.Gang()));
+    SIMPO_ASSIGN_OR_RETURN(const bool supervised, Exists(files.Supervisor()));
+    if (supervised) status.phase = GangStatus::Phase::kPreparing;
+    if (training) status.phase = GangStatus::Phase::kTraining;
+    return status;
   }
-  const absl::StatusOr<AttemptExit> exit = ReadExit(files);
-  if (exit.ok()) return {.phase = GangStatus::Phase::kEnded, .exit = *exit};
+  absl::StatusOr<AttemptExit> exit = ReadExit(files);
+  if (exit.ok()) {
+    status.phase = GangStatus::Phase::kEnded;
+    status.exit = *std::move(exit);
+    return status;
+  }
+  if (!IsAbsent(exit.status())) return exit.status();
+  status.phase = GangStatus::Phase::kLost;
+  status.reason = "its supervisor could not begin; see launcher.log";
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
-  if (supervisor.ok() && supervisor->boot_id != BootId()) {
-    return {.phase = GangStatus::Phase::kLost, .reason = "the machine was restarted"};
+  if (!supervisor.ok() && !IsAbsent(supervisor.status())) return supervisor.status();
+  if (supervisor.ok()) {
+    SIMPO_ASSIGN_OR_RETURN(const std::string boot_id, BootId());
+    status.reason = supervisor->boot_id == boot_id ? "its supervisor ended without a word (killed, or out of memory)"
+                                                   : "the machine was restarted";
   }
-  return {.phase = GangStatus::Phase::kLost,
-          .reason = supervisor.ok() ? "its supervisor ended without a word (killed, or out of memory)"
-                                    : "its supervisor could not begin; see launcher.log"};
+  return status;
 }
 
 std::optional<std::chrono::milliseconds> MpirunLauncher::RunsFor(const std::string& job_id, int attempt) {
   const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
-  if (!supervisor.ok() || supervisor->boot_id != BootId()) return std::nullopt;
+  const absl::StatusOr<std::string> boot_id = BootId();
+  if (!supervisor.ok() || !boot_id.ok() || supervisor->boot_id != *boot_id) return std::nullopt;
   return Age(*supervisor);
 }
 
-void MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
-  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(Files(job_id, attempt));
-  if (supervisor.ok()) SignalProcess(*supervisor, SIGTERM);
+absl::Status MpirunLauncher::Terminate(const std::string& job_id, int attempt) {
+  return SignalSupervisor(Files(job_id, attempt), SIGTERM);
 }
 
-void MpirunLauncher::Kill(const std::string& job_id, int attempt) {
+absl::Status MpirunLauncher::Kill(const std::string& job_id, int attempt) {
   const AttemptFiles files = Files(job_id, attempt);
-  const absl::StatusOr<ProcessIdentity> supervisor = ReadSupervisor(files);
-  if (supervisor.ok()) SignalProcess(*supervisor, SIGKILL);
-  SignalProcessesWithEnvironment(kSecretFileVariable, files.Secret().string(), SIGKILL);
-  if (const absl::StatusOr<AttemptSpec> spec = ReadAttemptSpec(files); spec.ok()) {
-    std::error_code error;
-    fs::remove_all(ScratchDir(*spec), error);
-  }
+  absl::Status status = SignalSupervisor(files, SIGKILL);
+  status.Update(SignalProcessesWithEnvironment(kSecretFileVariable, files.Secret().string(), SIGKILL));
+  RemoveScratch(files);
+  return status;
 }
 
 void MpirunLauncher::Forget(const std::string& job_id) {
@@ -161,22 +222,34 @@ void MpirunLauncher::Forget(const std::string& job_id) {
 }
 
 void MpirunLauncher::Sweep(const std::function<bool(const std::string& job_id)>& is_live) {
-  std::error_code error;
-  std::vector<std::string> left;
-  for (const auto& entry : fs::directory_iterator(options_.attempts_dir, error)) {
-    if (const std::string job_id = entry.path().filename().string(); !is_live(job_id)) left.push_back(job_id);
-  }
-  for (const std::string& job_id : left) {
-    for (const auto& entry : fs::directory_iterator(options_.attempts_dir / job_id, error)) {
-      int attempt = 0;
-      if (!absl::SimpleAtoi(entry.path().filename().string(), &attempt)) continue;
-      if (FileLock::IsHeld(Files(job_id, attempt).Lock())) {
-        LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
-        Kill(job_id, attempt);
-      }
+  const absl::StatusOr<std::vector<std::string>> jobs = NamesIn(options_.attempts_dir);
+  if (!jobs.ok()) return LOG_WARNING(std::string(jobs.status().message()));
+  for (const std::string& job_id : *jobs) {
+    if (is_live(job_id)) continue;
+    if (const absl::Status status = EndAttempts(job_id); !status.ok()) {
+      // Without its folder nobody would find it any more.
+      LOG_WARNING(absl::StrCat("job ", job_id, " is not known here, but may run; the next coordinator looks again: ",
+                               std::string(status.message())));
+    } else {
+      Forget(job_id);
     }
-    Forget(job_id);
   }
+}
+
+absl::Status MpirunLauncher::EndAttempts(const std::string& job_id) {
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<std::string> names, NamesIn(options_.attempts_dir / job_id));
+  for (const std::string& name : names) {
+    int attempt = 0;
+    if (!absl::SimpleAtoi(name, &attempt)) continue;
+    SIMPO_ASSIGN_OR_RETURN(const bool held, FileLock::IsHeld(Files(job_id, attempt).Lock()));
+    if (!held) {
+      RemoveScratch(Files(job_id, attempt));
+      continue;
+    }
+    LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
+    SIMPO_RETURN_IF_ERROR(Kill(job_id, attempt));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::string> MpirunLauncher::ReadSecret(const std::string& job_id, int attempt) {

@@ -25,11 +25,11 @@ class MpirunLauncher final : public Launcher {
   };
   explicit MpirunLauncher(Options options) : options_(std::move(options)) {}
 
-  absl::Status Start(const GangRequest& request) override;
+  absl::StatusOr<bool> Start(const GangRequest& request) override;
   GangStatus Poll(const std::string& job_id, int attempt) override;
   std::optional<std::chrono::milliseconds> RunsFor(const std::string& job_id, int attempt) override;
-  void Terminate(const std::string& job_id, int attempt) override;
-  void Kill(const std::string& job_id, int attempt) override;
+  absl::Status Terminate(const std::string& job_id, int attempt) override;
+  absl::Status Kill(const std::string& job_id, int attempt) override;
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override;
   absl::Status PublishAddress(const std::string& job_id, int attempt) override;
   void Forget(const std::string& job_id) override;
@@ -40,6 +40,9 @@ class MpirunLauncher final : public Launcher {
   std::string AddressText() const;
   AttemptFiles Files(const std::string& job_id, int attempt) const;
   absl::Status WriteFiles(const AttemptFiles& files, const GangRequest& request) const;
+  // As Poll; an error where it cannot be looked at.
+  absl::StatusOr<GangStatus> Look(const std::string& job_id, int attempt);
+  absl::Status EndAttempts(const std::string& job_id);
   // Whether the supervisor of this attempt is a child of ours that still runs. Reaps it.
   bool ChildRuns(const std::string& job_id, int attempt);
 

@@ -12,13 +12,16 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
 #include <set>
 #include <sstream>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "common/file_system.h"
+#include "common/status_macros.h"
 
 extern char** environ;
 
@@ -33,31 +36,48 @@ struct ProcessStat {
   unsigned long long start_time = 0;
 };
 
+// A file of the kernel's. NOT_FOUND: it has gone, with its process.
+absl::StatusOr<std::string> ReadProcFile(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  std::string content;
+  ssize_t got = fd < 0 ? -1 : 1;
+  while (got > 0) {
+    char buffer[4096];
+    got = read(fd, buffer, sizeof(buffer));
+    if (got > 0) content.append(buffer, static_cast<size_t>(got));
+  }
+  const int error = got < 0 ? errno : 0;
+  if (fd >= 0) close(fd);
+  if (error == 0) return content;
+  // A process that ends in between lets its file be opened and not be read.
+  if (error == ESRCH) return absl::NotFoundError(absl::StrCat(path, " has gone"));
+  errno = error;
+  return ErrnoStatus("read", path);
+}
+
 // Fields 3, 4 and 22 of /proc/<pid>/stat; see proc(5). The name in field 2 may hold anything.
-std::optional<ProcessStat> ReadStat(pid_t pid) {
-  std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
-  // A process that ends in between makes the read fail: getline then has nothing, where an iterator throws.
-  std::string line;
-  std::getline(file, line, '\0');
+absl::StatusOr<ProcessStat> ReadStat(pid_t pid) {
+  SIMPO_ASSIGN_OR_RETURN(const std::string line, ReadProcFile(absl::StrCat("/proc/", pid, "/stat")));
   const size_t name_end = line.rfind(')');
-  if (name_end == std::string::npos) return std::nullopt;
+  if (name_end == std::string::npos) return absl::NotFoundError(absl::StrCat("process ", pid, " has gone"));
   std::istringstream fields(line.substr(name_end + 1));
   ProcessStat stat;
   fields >> stat.state >> stat.parent;
   std::string skipped;
   for (int field = 5; field < 22; ++field) fields >> skipped;
   fields >> stat.start_time;
-  if (!fields) return std::nullopt;
+  if (!fields) return absl::InternalError(absl::StrCat("/proc/", pid, "/stat does not have 22 fields"));
   return stat;
 }
 
-std::vector<pid_t> AllProcesses() {
+absl::StatusOr<std::vector<pid_t>> AllProcesses() {
   std::vector<pid_t> pids;
   std::error_code error;
   for (fs::directory_iterator entry("/proc", error), end; !error && entry != end; entry.increment(error)) {
     pid_t pid = 0;
     if (absl::SimpleAtoi(entry->path().filename().string(), &pid)) pids.push_back(pid);
   }
+  if (error) return absl::UnavailableError(absl::StrCat("cannot list the processes in /proc: ", error.message()));
   return pids;
 }
 
@@ -65,28 +85,36 @@ std::vector<pid_t> AllProcesses() {
 class ProcessHandle {
  public:
   explicit ProcessHandle(pid_t pid) : pid_(pid), fd_(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))) {
-    // Kernels before 5.3 have no such thing, only the number.
-    by_number_ = fd_ < 0 && errno == ENOSYS;
+    error_ = fd_ < 0 ? errno : 0;
   }
   ~ProcessHandle() {
     if (fd_ >= 0) close(fd_);
   }
   ProcessHandle(const ProcessHandle&) = delete;
   ProcessHandle& operator=(const ProcessHandle&) = delete;
-  void Signal(int signal) const {
-    if (fd_ >= 0) syscall(SYS_pidfd_send_signal, fd_, signal, nullptr, 0);
-    if (by_number_) kill(pid_, signal);
+  absl::Status Signal(int signal) const {
+    // Kernels before 5.3 have no such thing, and some containers forbid it; there is only the number.
+    const bool by_number = error_ == ENOSYS || error_ == EPERM;
+    int error = error_;
+    if (fd_ >= 0) error = syscall(SYS_pidfd_send_signal, fd_, signal, nullptr, 0) == 0 ? 0 : errno;
+    if (by_number) error = kill(pid_, signal) == 0 ? 0 : errno;
+    if (error == 0) return absl::OkStatus();
+    if (error == ESRCH) return absl::NotFoundError(absl::StrCat("process ", pid_, " has gone"));
+    return absl::UnavailableError(absl::StrCat("cannot signal process ", pid_, ": ", std::strerror(error)));
   }
 
  private:
   const pid_t pid_;
   const int fd_;
-  bool by_number_ = false;
+  int error_ = 0;
 };
 
-bool HasInEnvironment(pid_t pid, const std::string& wanted) {
-  std::ifstream file(absl::StrCat("/proc/", pid, "/environ"));
-  for (std::string variable; std::getline(file, variable, '\0');) {
+absl::StatusOr<bool> HasInEnvironment(pid_t pid, const std::string& wanted) {
+  const absl::StatusOr<std::string> text = ReadProcFile(absl::StrCat("/proc/", pid, "/environ"));
+  // Those of other users cannot be read.
+  if (absl::IsNotFound(text.status()) || absl::IsPermissionDenied(text.status())) return false;
+  if (!text.ok()) return text.status();
+  for (const absl::string_view variable : absl::StrSplit(*text, '\0')) {
     if (variable == wanted) return true;
   }
   return false;
@@ -126,25 +154,25 @@ absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, char** envi
 
 }  // namespace
 
-std::string BootId() {
-  std::string id;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> id;
+absl::StatusOr<std::string> BootId() {
+  SIMPO_ASSIGN_OR_RETURN(std::string id, ReadProcFile("/proc/sys/kernel/random/boot_id"));
+  absl::StripTrailingAsciiWhitespace(&id);
   return id;
 }
 
-std::optional<ProcessIdentity> IdentifyProcess(pid_t pid) {
-  const std::optional<ProcessStat> stat = ReadStat(pid);
-  if (!stat || stat->state == 'Z' || stat->state == 'X') return std::nullopt;
-  return ProcessIdentity{.pid = pid, .start_time = stat->start_time, .boot_id = BootId()};
+absl::StatusOr<ProcessIdentity> IdentifyProcess(pid_t pid) {
+  SIMPO_ASSIGN_OR_RETURN(const ProcessStat stat, ReadStat(pid));
+  if (stat.state == 'Z' || stat.state == 'X') return absl::NotFoundError(absl::StrCat("process ", pid, " has ended"));
+  const absl::StatusOr<std::string> boot_id = BootId();
+  if (!boot_id.ok()) return absl::UnavailableError(std::string(boot_id.status().message()));
+  return ProcessIdentity{.pid = pid, .start_time = stat.start_time, .boot_id = *boot_id};
 }
 
-bool IsAlive(const ProcessIdentity& identity) { return IdentifyProcess(identity.pid) == identity; }
-
-bool SignalProcess(const ProcessIdentity& identity, int signal) {
+absl::Status SignalProcess(const ProcessIdentity& identity, int signal) {
   const ProcessHandle process(identity.pid);
-  if (!IsAlive(identity)) return false;
-  process.Signal(signal);
-  return true;
+  SIMPO_ASSIGN_OR_RETURN(const ProcessIdentity now, IdentifyProcess(identity.pid));
+  if (now != identity) return absl::NotFoundError(absl::StrCat("process ", identity.pid, " is a later one"));
+  return process.Signal(signal);
 }
 
 std::chrono::milliseconds Age(const ProcessIdentity& identity) {
@@ -183,12 +211,14 @@ absl::StatusOr<pid_t> SpawnInNewGroup(const std::vector<std::string>& command,
   return Spawn(command, envp.data(), settings);
 }
 
-std::vector<pid_t> Descendants(pid_t ancestor) {
+absl::StatusOr<std::vector<pid_t>> Descendants(pid_t ancestor) {
   std::multimap<pid_t, pid_t> children;  // of each parent
   std::set<pid_t> ended;
-  for (pid_t pid : AllProcesses()) {
-    const std::optional<ProcessStat> stat = ReadStat(pid);
-    if (!stat) continue;
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<pid_t> all, AllProcesses());
+  for (pid_t pid : all) {
+    const absl::StatusOr<ProcessStat> stat = ReadStat(pid);
+    if (absl::IsNotFound(stat.status())) continue;
+    if (!stat.ok()) return stat.status();
     children.emplace(stat->parent, pid);
     if (stat->state == 'Z' || stat->state == 'X') ended.insert(pid);
   }
@@ -204,20 +234,28 @@ std::vector<pid_t> Descendants(pid_t ancestor) {
   return found;
 }
 
-std::vector<pid_t> ProcessesWithEnvironment(const std::string& name, const std::string& value) {
+absl::StatusOr<std::vector<pid_t>> ProcessesWithEnvironment(const std::string& name, const std::string& value) {
   const std::string wanted = absl::StrCat(name, "=", value);
   std::vector<pid_t> found;
-  for (pid_t pid : AllProcesses()) {
-    if (HasInEnvironment(pid, wanted)) found.push_back(pid);
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<pid_t> all, AllProcesses());
+  for (pid_t pid : all) {
+    SIMPO_ASSIGN_OR_RETURN(const bool has, HasInEnvironment(pid, wanted));
+    if (has) found.push_back(pid);
   }
   return found;
 }
 
-void SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal) {
+absl::Status SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal) {
   const std::string wanted = absl::StrCat(name, "=", value);
-  for (pid_t pid : ProcessesWithEnvironment(name, value)) {
-    if (const ProcessHandle process(pid); HasInEnvironment(pid, wanted)) process.Signal(signal);
+  SIMPO_ASSIGN_OR_RETURN(const std::vector<pid_t> found, ProcessesWithEnvironment(name, value));
+  absl::Status result;
+  for (pid_t pid : found) {
+    const ProcessHandle process(pid);
+    const absl::StatusOr<bool> still = HasInEnvironment(pid, wanted);
+    const absl::Status status = still.ok() && *still ? process.Signal(signal) : still.status();
+    if (!absl::IsNotFound(status)) result.Update(status);
   }
+  return result;
 }
 
 int ExitCodeOfWaitStatus(int status) { return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status); }

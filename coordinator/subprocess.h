@@ -6,7 +6,6 @@
 #include <chrono>
 #include <filesystem>
 #include <map>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,15 +22,15 @@ struct ProcessIdentity {
   bool operator==(const ProcessIdentity&) const = default;
 };
 
-std::string BootId();
-// Empty: no such process, or it has ended and waits to be reaped.
-std::optional<ProcessIdentity> IdentifyProcess(pid_t pid);
-bool IsAlive(const ProcessIdentity& identity);
+// In what follows NOT_FOUND means that there is no such process any more (it may wait to be reaped), and any other
+// error that this cannot be told at the moment, as when too many files are open.
+absl::StatusOr<std::string> BootId();
+absl::StatusOr<ProcessIdentity> IdentifyProcess(pid_t pid);
 // Since its start, of a process of the machine's current run.
 std::chrono::milliseconds Age(const ProcessIdentity& identity);
 
-// Sends a signal to a process, and never to a later one with the same number. False: it has ended.
-bool SignalProcess(const ProcessIdentity& identity, int signal);
+// Sends a signal to a process, and never to a later one with the same number.
+absl::Status SignalProcess(const ProcessIdentity& identity, int signal);
 
 // Starts a program in a session of its own, with its output appended to `log`, no input, and no
 // other open files. Returns its pid; it becomes a child of the caller.
@@ -43,13 +42,14 @@ absl::StatusOr<pid_t> SpawnInNewGroup(const std::vector<std::string>& command,
                                       const std::map<std::string, std::string>& environment);
 
 // Children, their children and so on, of a process; without those that have ended.
-std::vector<pid_t> Descendants(pid_t ancestor);
+absl::StatusOr<std::vector<pid_t>> Descendants(pid_t ancestor);
 
 // Processes of this user whose environment holds name=value.
-std::vector<pid_t> ProcessesWithEnvironment(const std::string& name, const std::string& value);
+absl::StatusOr<std::vector<pid_t>> ProcessesWithEnvironment(const std::string& name, const std::string& value);
 
-// Sends a signal to each of them, and never to a later process with the same number.
-void SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal);
+// Sends a signal to each of them, and never to a later process with the same number. An error: some may not have got
+// it.
+absl::Status SignalProcessesWithEnvironment(const std::string& name, const std::string& value, int signal);
 
 // As a shell says it: the exit code, or 128 + n after signal n. `status` is from waitpid.
 int ExitCodeOfWaitStatus(int status);

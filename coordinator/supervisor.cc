@@ -81,6 +81,10 @@ void CapLogs(const AttemptSpec& spec) {
   }
 }
 
+void Signal(const std::vector<pid_t>& processes, int signal) {
+  for (pid_t pid : processes) kill(pid, signal);
+}
+
 // Runs one program to its end. Orphans of it become children of this process (see PR_SET_CHILD_SUBREAPER)
 // and are not waited for here.
 class Stage {
@@ -108,7 +112,8 @@ class Stage {
         kill(*pid, SIGUSR1);  // mpirun passes it on to the ranks
       }
       if (kill_at_ && SteadyClock::now() >= *kill_at_) {
-        for (pid_t process : Descendants(getpid())) kill(process, SIGKILL);
+        // Where they cannot be listed now, they are the next time.
+        if (const auto left = Descendants(getpid()); left.ok()) Signal(*left, SIGKILL);
       }
     }
   }
@@ -127,13 +132,13 @@ void SweepDescendants() {
   const SteadyClock::time_point kill_at = SteadyClock::now() + kTermGrace;
   for (bool asked = false;;) {
     Reap(/*pid=*/-1);
-    const std::vector<pid_t> left = Descendants(getpid());
-    if (left.empty()) return;
+    const absl::StatusOr<std::vector<pid_t>> left = Descendants(getpid());
+    if (left.ok() && left->empty()) return;
     const bool force = SteadyClock::now() >= kill_at;
-    if (!asked || force) {
-      for (pid_t pid : left) kill(pid, force ? SIGKILL : SIGTERM);
+    if (left.ok() && (!asked || force)) {
+      Signal(*left, force ? SIGKILL : SIGTERM);
+      asked = true;
     }
-    asked = true;
     WaitForSignal(milliseconds(50));
   }
 }
@@ -187,11 +192,7 @@ std::vector<std::string> GangCommand(const AttemptFiles& files, const AttemptSpe
 }
 
 // Both stages. What it returns is what exit.json says.
-AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec) {
-  const std::string scratch = ScratchDir(spec).string();
-  std::error_code error;
-  std::filesystem::create_directories(scratch, error);
-  std::filesystem::permissions(scratch, std::filesystem::perms::owner_all, error);
+AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec, const std::string& scratch) {
   const auto environment = GangEnvironment(files, spec, scratch);
 
   Stage stage(spec);
@@ -206,7 +207,7 @@ AttemptExit RunStages(const AttemptFiles& files, const AttemptSpec& spec) {
     exit.exit_code = stage.Run(GangCommand(files, spec), environment);
   }
   SweepDescendants();
-  std::filesystem::remove_all(scratch, error);
+  RemoveScratch(files);
   exit.time_ms = UnixMillis();
   return exit;
 }
@@ -215,10 +216,16 @@ absl::Status Supervise(const AttemptFiles& files) {
   const absl::StatusOr<FileLock> lock = FileLock::Acquire(files.Lock());
   if (absl::IsAlreadyExists(lock.status())) return absl::OkStatus();  // another one is at it
   if (!lock.ok()) return lock.status();
-  if (std::filesystem::exists(files.Supervisor())) return absl::OkStatus();  // another one was
+  std::error_code error;
+  const bool was_one = std::filesystem::exists(files.Supervisor(), error);
+  if (error) return absl::UnavailableError(absl::StrCat("cannot look at ", files.dir.string(), ": ", error.message()));
+  if (was_one) return absl::OkStatus();
   SIMPO_ASSIGN_OR_RETURN(const AttemptSpec spec, ReadAttemptSpec(files));
-  SIMPO_RETURN_IF_ERROR(WriteSupervisor(files, *IdentifyProcess(getpid())));
-  const AttemptExit exit = RunStages(files, spec);
+  SIMPO_ASSIGN_OR_RETURN(const ProcessIdentity self, IdentifyProcess(getpid()));
+  RemoveScratch(files);  // of one that came no further than the next line
+  SIMPO_ASSIGN_OR_RETURN(const std::filesystem::path scratch, MakeScratch(files, spec));
+  SIMPO_RETURN_IF_ERROR(WriteSupervisor(files, self));
+  const AttemptExit exit = RunStages(files, spec, scratch.string());
   LOG_INFO(absl::StrCat("job ", spec.job_id, ", attempt ", spec.attempt, ": ended in ", exit.phase, " with exit code ",
                         exit.exit_code));
   return WriteExit(files, exit);

@@ -173,7 +173,11 @@ void TokenStore::Refresh() {
   required_ = true;
   if (SameFile(now, seen_)) return;
   absl::StatusOr<std::vector<Token>> tokens = ReadTokens(file_);
-  seen_ = now;
+  // Only contents can be relied on until the file changes. What else stands in the way, such as too many open files,
+  // may pass without that, and is tried again at the next call.
+  const bool was_read = tokens.ok() || absl::IsDataLoss(tokens.status()) || absl::IsOutOfRange(tokens.status());
+  seen_ = {};
+  if (was_read) seen_ = now;
   status_ = tokens.status();
   tokens_.clear();
   if (tokens.ok()) tokens_ = *std::move(tokens);

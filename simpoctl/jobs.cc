@@ -158,10 +158,12 @@ absl::StatusOr<int> Checkpoint(Client& client, const JobOptions& options) {
       PrintOut(absl::StrCat(job, " has a checkpoint of step ", now.job().progress().checkpoint_step(), "\n"));
       return kExitOk;
     }
-    if (now.job().state() != v1::JOB_STATE_RUNNING) {
+    // A later attempt does not know of the request.
+    if (now.job().state() != v1::JOB_STATE_RUNNING || now.job().attempt() != response.job().attempt()) {
       return absl::FailedPreconditionError(
-          absl::StrCat("job ", id, " is ", StateName(now.job().state()),
-                       " and has written no checkpoint since it was asked: ", now.job().reason()));
+          absl::StrCat("job ", id, " is ", StateName(now.job().state()), " in attempt ", now.job().attempt(),
+                       " and has written no checkpoint since it was asked in attempt ", response.job().attempt(),
+                       now.job().reason().empty() ? "" : ": ", now.job().reason()));
     }
     std::this_thread::sleep_for(kPoll);
   }

@@ -421,6 +421,49 @@ TEST_F(DispatcherTest, ALostGangIsSweptAndRestarted) {
   EXPECT_FALSE(views_->FindById(id)->attempts[0].has_exit_code());
 }
 
+TEST_F(DispatcherTest, AGangThatCannotBeLookedAtIsNotLost) {
+  const std::string id = Start(JobYaml(1));
+  AttachAll(id, 1, 1);
+  const absl::Status full = absl::UnavailableError("too many open files");
+  launcher_.FailLooks(full);
+  StartCoordinator();
+  for (int i = 0; i < 100; ++i) Pass(seconds(1));
+  EXPECT_EQ(State(id), "RUNNING");
+  EXPECT_EQ(Job(id).attempt(), 1);
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(seconds(1));
+  EXPECT_EQ(launcher_.Count("publish"), 1) << "now its ranks are let in and know where to go";
+  EXPECT_FALSE(views_->FindById(id)->secret.empty());
+  AttachAll(id, 1, 1);
+
+  // What could not be sent is sent when it can be.
+  launcher_.FailLooks(full);
+  Cancel(id);
+  for (int i = 0; i < 20; ++i) Pass(seconds(1));
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(milliseconds(200));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  EXPECT_EQ(launcher_.Count("kill"), 1);
+  Pass(seconds(1));
+  EXPECT_EQ(launcher_.Count("terminate"), 1);
+  EXPECT_EQ(launcher_.Count("kill"), 1);
+}
+
+TEST_F(DispatcherTest, AStartThatMayHaveBeenMadeIsNotMadeAgain) {
+  const std::string id = Start(JobYaml(1));
+  launcher_.FailLooks(absl::UnavailableError("too many open files"));
+  launcher_.FailStarts(absl::UnavailableError("too many open files"));
+  StartCoordinator();
+  for (int i = 0; i < 10; ++i) Pass(seconds(1));
+  EXPECT_EQ(State(id), "LAUNCHING");
+  launcher_.FailLooks(absl::OkStatus());
+  Pass(seconds(1));
+  EXPECT_EQ(State(id), "LAUNCHING") << "it runs";
+  EXPECT_EQ(Job(id).attempt(), 1);
+  EXPECT_FALSE(views_->FindById(id)->secret.empty());
+  EXPECT_EQ(launcher_.started().size(), 1u);
+}
+
 TEST_F(DispatcherTest, AGangThatCannotBeStartedIsAFault) {
   launcher_.FailStarts(absl::UnavailableError("disk full"));
   const std::string id = Start(JobYaml(1, "max_restarts: 0\n"));
@@ -638,6 +681,18 @@ TEST_F(DispatcherTest, ACheckpointOnRequest) {
   EXPECT_EQ(ValueOf(ask()).job().id(), id);
   EXPECT_EQ(channels[0]->sent().back().command().kind(), v1::COMMAND_KIND_CHECKPOINT);
   EXPECT_EQ(EventTypes(id).back(), "checkpoint_asked");
+
+  // The stream broke, or the coordinator ended: the rank may not have heard of it, until the checkpoint is complete.
+  const auto told_again = [&] {
+    return AttachAll(id, 1, 1)[0]->sent().back().command().kind() == v1::COMMAND_KIND_CHECKPOINT;
+  };
+  EXPECT_TRUE(told_again());
+  StartCoordinator();
+  EXPECT_TRUE(told_again());
+  Say(id, 1, 0, EventMessage("checkpoint", "checkpoint after step 1", 1));
+  EXPECT_FALSE(told_again());
+  StartCoordinator();
+  EXPECT_FALSE(told_again());
   Say(id, 1, 0, StepMessage(1));
   Cancel(id);
   EXPECT_EQ(ask().status().code(), absl::StatusCode::kFailedPrecondition) << "it is about to leave";
@@ -733,6 +788,54 @@ TEST_F(DispatcherTest, TheTimeLimitEndsAJob) {
   EXPECT_EQ(State(id), "CANCELLING");
   EXPECT_THAT(Job(id).reason(), HasSubstr("time limit of 10 s"));
   EXPECT_TRUE(channels[0]->WasToldToStop());
+}
+
+// Nobody was there when it ended, for much longer than it may run.
+TEST_F(DispatcherTest, TimeAfterAnUnseenEndIsNoTimeOfTheJob) {
+  constexpr int64_t kSecond = 1'000;
+  const std::string id = Start(JobYaml(1, "time_limit: 10m\n"));
+  AttachAll(id, 1, 1);
+  const int64_t began = now_.unix_ms;
+  launcher_.End(id, 1, 75, began + 120 * kSecond);
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  StartCoordinator();
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  EXPECT_EQ(UnixMillis(views_->FindById(id)->attempts[0].end_time()), began + 120 * kSecond);
+  Pass(seconds(2));
+  ASSERT_EQ(State(id), "LAUNCHING");
+
+  // Lost, and nobody knows when: it has reported after 60 seconds.
+  AttachAll(id, 2, 1);
+  for (int i = 0; i < 60; ++i) Pass(seconds(1));
+  Say(id, 2, 0, StepMessage(1));
+  launcher_.Lose(id, 2, "the machine was restarted");
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  LoadAnew();
+  dispatcher_->Adopt(launcher_, now_);
+  Flush();
+  StartCoordinator();  // the one before has adopted it and was gone before it looked
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "RESTARTING");
+  Pass(seconds(3));
+  ASSERT_EQ(State(id), "LAUNCHING");
+
+  // One that was to be started two hours ago begins now.
+  FakeLauncher fresh;
+  now_.steady += seconds(7200);
+  now_.unix_ms += 7200 * kSecond;
+  LoadAnew();
+  dispatcher_->Adopt(fresh, now_);
+  Flush();
+  ASSERT_EQ(fresh.started().size(), 1u);
+  EXPECT_EQ(UnixMillis(views_->FindById(id)->attempts[2].start_time()), now_.unix_ms);
+  AttachAll(id, 3, 1);
+  Pass(seconds(600 - 120 - 60 - 5));
+  EXPECT_EQ(State(id), "RUNNING") << Job(id).reason();
+  Pass(seconds(10));
+  EXPECT_EQ(State(id), "CANCELLING");
 }
 
 TEST_F(DispatcherTest, ANewCoordinatorAdoptsWhatRuns) {

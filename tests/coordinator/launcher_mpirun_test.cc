@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <atomic>
 #include <thread>
 
+#include "coordinator/attempt_output.h"
 #include "coordinator/file_lock.h"
 #include "coordinator/subprocess.h"
 #include "testing.h"
@@ -22,6 +24,20 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using Phase = GangStatus::Phase;
+
+// While it lives this process can open no file.
+class NoMoreFiles {
+ public:
+  NoMoreFiles() {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit none = {.rlim_cur = 0, .rlim_max = before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &none);
+  }
+  ~NoMoreFiles() { setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_ = {};
+};
 
 class LauncherTest : public ::testing::Test {
  protected:
@@ -62,7 +78,7 @@ class LauncherTest : public ::testing::Test {
   }
   AttemptFiles Files() const { return {dir_ / "attempts" / job_id_ / "1"}; }
   std::vector<pid_t> Processes() const {
-    return ProcessesWithEnvironment(kSecretFileVariable, Files().Secret().string());
+    return ValueOf(ProcessesWithEnvironment(kSecretFileVariable, Files().Secret().string()));
   }
   std::string Log() const { return ReadText(dir_ / "out" / "logs" / "launcher.log"); }
 
@@ -74,7 +90,7 @@ class LauncherTest : public ::testing::Test {
 
 TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
   Launcher("echo prepared \"$@\"", "echo gang \"$@\"; echo threads $OMP_NUM_THREADS; exit 75");
-  ASSERT_OK(launcher_->Start(Request(/*resume=*/true)));
+  ASSERT_OK(launcher_->Start(Request(/*resume=*/true)).status());
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
   EXPECT_EQ(Poll().exit.exit_code, 75);
   EXPECT_EQ(Poll().exit.phase, "train");
@@ -86,15 +102,68 @@ TEST_F(LauncherTest, PreparesThenRunsThenTellsTheExitCode) {
   EXPECT_THAT(log, HasSubstr("threads 3"));
   EXPECT_EQ(ReadText(Files().Job()), "beta: 2\n");
   EXPECT_EQ(ReadText(dir_ / "out" / "job.yaml"), "beta: 2\n");
-  const AttemptSpec spec{.job_id = job_id_};
-  EXPECT_FALSE(std::filesystem::exists(ScratchDir(spec)));
+}
+
+TEST_F(LauncherTest, TheScratchFolderIsNewAndPrivateAndGoesWithTheGang) {
+  const std::filesystem::path guessed = "/dev/shm/simpo-" + job_id_ + "-1";
+  WriteText(guessed / "planted", "");
+  Launcher("", "stat -c 'mode %a' $OMPI_MCA_orte_tmpdir_base; ls -A $OMPI_MCA_orte_tmpdir_base; exec sleep 600");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return Log().find("mode ") != std::string::npos; })) << Log();
+  EXPECT_THAT(Log(), HasSubstr("mode 700\n"));
+  EXPECT_EQ(Log().find("planted"), std::string::npos) << "another's folder is not taken over";
+  const std::string scratch = ReadText(Files().Scratch());
+  EXPECT_TRUE(std::filesystem::is_directory(scratch)) << scratch;
+  ASSERT_OK(launcher_->Terminate(job_id_, 1));
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_FALSE(std::filesystem::exists(scratch));
+  EXPECT_TRUE(std::filesystem::exists(guessed / "planted"));
+  std::filesystem::remove_all(guessed);
+}
+
+TEST_F(LauncherTest, TheScratchFolderOfALostGangGoesToo) {
+  Launcher("", "exec sleep 600");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  const std::string scratch = ReadText(Files().Scratch());
+  EXPECT_TRUE(std::filesystem::is_directory(scratch)) << scratch;
+  kill(ReadSupervisor(Files())->pid, SIGKILL);
+  ASSERT_TRUE(Reaches(Phase::kLost));
+  ASSERT_OK(launcher_->Kill(job_id_, 1));
+  EXPECT_FALSE(std::filesystem::exists(scratch));
+}
+
+TEST_F(LauncherTest, TheLogsOfAnEarlierJobInTheFolderAreNotThisOnes) {
+  const std::filesystem::path logs = dir_ / "out" / "logs";
+  WriteText(logs / "launcher.log", "simpo-worker: the words of the one before\n");
+  WriteText(logs / "rank-3.log", "simpo-worker: its rank 3\n");
+  WriteText(logs / "notes.txt", "the user's");
+  Launcher("echo prepared", "echo trains; exit 75");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_OK(launcher_->Start(Request()).status());  // an attempt that runs keeps its own
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
+  EXPECT_EQ(LastWords(logs), "");
+  EXPECT_THAT(Log(), HasSubstr("prepared\ntrains\n"));
+  EXPECT_FALSE(std::filesystem::exists(logs / "rank-3.log"));
+  EXPECT_TRUE(std::filesystem::exists(logs / "notes.txt"));
+}
+
+TEST_F(LauncherTest, LogsBehindALinkAreLeftAlone) {
+  WriteText(dir_ / "others" / "rank-0.log", "another's");
+  std::filesystem::create_directories(dir_ / "out");
+  std::filesystem::create_directory_symlink(dir_ / "others", dir_ / "out" / "logs");
+  Launcher("", "");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kEnded));
+  EXPECT_EQ(ReadText(dir_ / "others" / "rank-0.log"), "another's");
 }
 
 TEST_F(LauncherTest, ALogThatGrowsTooLargeBeginsAnewAndSaysSo) {
   log_limit_bytes_ = 20'000;
   Launcher("", absl::StrCat("for i in 1 2 3 4 5 6; do head -c 30000 /dev/zero | tr '\\0' x; echo; sleep 0.5; done; ",
                             "echo last words; exit 75"));
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
   const std::string log = Log();
   EXPECT_THAT(log, HasSubstr("begins anew here"));
@@ -104,7 +173,7 @@ TEST_F(LauncherTest, ALogThatGrowsTooLargeBeginsAnewAndSaysSo) {
 
 TEST_F(LauncherTest, NoGangWhenThePreparationFails) {
   Launcher("exit 3", "echo gang");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
   EXPECT_EQ(Poll().exit.exit_code, 3);
   EXPECT_EQ(Poll().exit.phase, "prepare");
@@ -114,7 +183,7 @@ TEST_F(LauncherTest, NoGangWhenThePreparationFails) {
 TEST_F(LauncherTest, AMissingWorkerIsExitCode127) {
   Launcher("", "");
   std::filesystem::remove(dir_ / "worker");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
   EXPECT_EQ(Poll().exit.exit_code, 127);
 }
@@ -122,22 +191,22 @@ TEST_F(LauncherTest, AMissingWorkerIsExitCode127) {
 TEST_F(LauncherTest, TheSecretIsSecretAndStays) {
   Launcher("", "exec sleep 600");
   EXPECT_EQ(launcher_->ReadSecret(job_id_, 1).status().code(), absl::StatusCode::kNotFound);
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   const std::string secret = *launcher_->ReadSecret(job_id_, 1);
   EXPECT_EQ(secret.size(), 64u);
   struct stat info = {};
   ASSERT_EQ(stat(Files().Secret().c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777, 0600u);
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   EXPECT_EQ(*launcher_->ReadSecret(job_id_, 1), secret);
   ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
-  launcher_->Terminate(job_id_, 1);
+  ASSERT_OK(launcher_->Terminate(job_id_, 1));
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
 }
 
 TEST_F(LauncherTest, NeverStartedTwiceAndFoundByANewLauncher) {
   Launcher("", absl::StrCat("echo start >>", (dir_ / "starts").string(), "; exec sleep 600"));
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
   ASSERT_TRUE(Eventually([&] { return !ReadText(dir_ / "starts").empty(); }));
   const auto options = MpirunLauncher::Options{.attempts_dir = dir_ / "attempts",
@@ -147,44 +216,82 @@ TEST_F(LauncherTest, NeverStartedTwiceAndFoundByANewLauncher) {
                                                .coordinator_address = "127.0.0.1:2"};
   MpirunLauncher second(options);
   EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kTraining);
-  ASSERT_OK(second.Start(Request()));
+  ASSERT_OK(second.Start(Request()).status());
   ASSERT_OK(second.PublishAddress(job_id_, 1));
   EXPECT_EQ(ReadText(Files().Address()), "127.0.0.1:2\n");
-  second.Terminate(job_id_, 1);
+  ASSERT_OK(second.Terminate(job_id_, 1));
   ASSERT_TRUE(Eventually([&] { return second.Poll(job_id_, 1).phase == Phase::kEnded; })) << Log();
   EXPECT_EQ(second.Poll(job_id_, 1).exit.exit_code, 128 + SIGTERM);
   EXPECT_EQ(ReadText(dir_ / "starts"), "start\n");
-  ASSERT_OK(second.Start(Request()));
+  ASSERT_OK(second.Start(Request()).status());
   EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kEnded) << "an attempt that has ended is not begun again";
 }
 
 TEST_F(LauncherTest, TerminateLeavesNoProcessEvenOfAGangThatWillNotGo) {
   // The gang ignores SIGTERM, and so do children that it has cast off.
   Launcher("", "trap '' TERM; (trap '' TERM; setsid sleep 600) & sleep 600; sleep 600");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
   ASSERT_TRUE(Eventually([&] { return Processes().size() >= 3; }));
-  launcher_->Terminate(job_id_, 1);
+  ASSERT_OK(launcher_->Terminate(job_id_, 1));
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
   EXPECT_THAT(Processes(), IsEmpty());
 }
 
 TEST_F(LauncherTest, ASupervisorThatIsKilledIsLostAndItsGangSwept) {
   Launcher("", "exec sleep 600");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
   ASSERT_TRUE(Eventually([&] { return !Processes().empty(); }));
   kill(ReadSupervisor(Files())->pid, SIGKILL);
   ASSERT_TRUE(Reaches(Phase::kLost));
   EXPECT_THAT(Poll().reason, HasSubstr("without a word"));
   EXPECT_FALSE(Processes().empty());
-  launcher_->Kill(job_id_, 1);
+  ASSERT_OK(launcher_->Kill(job_id_, 1));
   EXPECT_TRUE(Eventually([&] { return Processes().empty(); }));
+}
+
+TEST_F(LauncherTest, WithoutFilesToOpenNothingIsTakenForGone) {
+  const auto options = [this] {
+    return MpirunLauncher::Options{.attempts_dir = dir_ / "attempts",
+                                   .supervisor = SIMPO_COORDINATOR_BINARY,
+                                   .worker = dir_ / "worker",
+                                   .mpirun = dir_ / "mpirun",
+                                   .coordinator_address = "127.0.0.1:2"};
+  };
+  Launcher("", absl::StrCat("echo start >>", (dir_ / "starts").string(), "; exec sleep 600"));
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining)) << Log();
+  ASSERT_TRUE(Eventually([&] { return !ReadText(dir_ / "starts").empty(); }));
+  const pid_t supervisor = ReadSupervisor(Files())->pid;
+  MpirunLauncher second(options());  // the gang is no child of this one
+  {
+    const NoMoreFiles none;
+    const GangStatus status = second.Poll(job_id_, 1);
+    EXPECT_EQ(status.phase, Phase::kUnknown);
+    EXPECT_THAT(status.reason, HasSubstr("Too many open files"));
+    EXPECT_FALSE(second.Start(Request()).ok());
+    EXPECT_FALSE(second.Terminate(job_id_, 1).ok());
+    EXPECT_FALSE(second.Kill(job_id_, 1).ok());
+    EXPECT_FALSE(second.RunsFor(job_id_, 1));
+    EXPECT_EQ(FileLock::IsHeld(Files().Lock()).status().code(), absl::StatusCode::kUnavailable);
+    second.Sweep([](const std::string&) { return false; });
+  }
+  EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kTraining) << "nobody was reached, and nothing removed";
+  ASSERT_OK(second.Terminate(job_id_, 1));
+  ASSERT_TRUE(Eventually([&] { return second.Poll(job_id_, 1).phase == Phase::kEnded; })) << Log();
+  EXPECT_EQ(ReadText(dir_ / "starts"), "start\n");
+  waitpid(supervisor, nullptr, 0);
+  {
+    const NoMoreFiles none;
+    EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kUnknown) << "its exit code cannot be read";
+  }
+  EXPECT_EQ(second.Poll(job_id_, 1).phase, Phase::kEnded);
 }
 
 TEST_F(LauncherTest, AfterAJobNothingOfItsAttemptsIsLeft) {
   Launcher("exit 0", "exit 0");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kEnded));
   EXPECT_TRUE(std::filesystem::exists(Files().dir));
   launcher_->Forget(job_id_);
@@ -195,7 +302,7 @@ TEST_F(LauncherTest, AfterAJobNothingOfItsAttemptsIsLeft) {
 
 TEST_F(LauncherTest, WhatIsLeftOfUnknownJobsIsEndedAndRemoved) {
   Launcher("exit 0", "exec sleep 1000");
-  ASSERT_OK(launcher_->Start(Request()));
+  ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_TRUE(Reaches(Phase::kTraining));
   ASSERT_TRUE(Eventually([&] { return Processes().size() >= 1; }));
   WriteText(dir_ / "attempts" / "old" / "1" / "exit.json", "{}");
@@ -220,21 +327,21 @@ TEST_F(LauncherTest, AnOutputFolderThatCannotBeMadeIsAnErrorWithItsPath) {
   WriteText(dir_ / "file", "");
   GangRequest request = Request();
   request.log_dir = dir_ / "file" / "logs";
-  const absl::Status status = launcher_->Start(request);
+  const absl::Status status = launcher_->Start(request).status();
   EXPECT_FALSE(status.ok());
   EXPECT_THAT(std::string(status.message()), HasSubstr((dir_ / "file").string()));
 }
 
 TEST(FileLockTest, OneHolderAndAnybodyMayAsk) {
   TempDir dir;
-  EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
+  EXPECT_FALSE(ValueOf(FileLock::IsHeld(dir / "lock")));
   {
     auto lock = FileLock::Acquire(dir / "lock");
     ASSERT_OK(lock.status());
-    EXPECT_TRUE(FileLock::IsHeld(dir / "lock"));
+    EXPECT_TRUE(ValueOf(FileLock::IsHeld(dir / "lock")));
     EXPECT_EQ(FileLock::Acquire(dir / "lock").status().code(), absl::StatusCode::kAlreadyExists);
   }
-  EXPECT_FALSE(FileLock::IsHeld(dir / "lock"));
+  EXPECT_FALSE(ValueOf(FileLock::IsHeld(dir / "lock")));
   EXPECT_EQ(FileLock::Acquire(dir / "no" / "lock").status().code(), absl::StatusCode::kUnavailable);
 }
 
@@ -243,23 +350,30 @@ TEST(SubprocessTest, ASignalReachesTheProcessThatWasMeantOrNone) {
   ProcessIdentity identity = *IdentifyProcess(pid);
   ProcessIdentity earlier = identity;
   --earlier.start_time;
-  EXPECT_FALSE(SignalProcess(earlier, SIGKILL)) << "one that had the same number before";
-  EXPECT_TRUE(IsAlive(identity));
-  SignalProcessesWithEnvironment("SIMPO_TEST", "another", SIGKILL);
-  EXPECT_TRUE(IsAlive(identity));
-  EXPECT_TRUE(SignalProcess(identity, SIGKILL));
+  EXPECT_TRUE(absl::IsNotFound(SignalProcess(earlier, SIGKILL))) << "one that had the same number before";
+  ASSERT_OK(SignalProcessesWithEnvironment("SIMPO_TEST", "another", SIGKILL));
+  {
+    const NoMoreFiles none;
+    EXPECT_EQ(SignalProcess(identity, SIGKILL).code(), absl::StatusCode::kUnavailable);
+    EXPECT_EQ(SignalProcessesWithEnvironment("SIMPO_TEST", "signal", SIGKILL).code(), absl::StatusCode::kUnavailable);
+    EXPECT_EQ(Descendants(getpid()).status().code(), absl::StatusCode::kUnavailable);
+  }
+  EXPECT_EQ(ValueOf(IdentifyProcess(pid)), identity) << "it runs on";
+  ASSERT_OK(SignalProcess(identity, SIGKILL));
   int status = 0;
   EXPECT_EQ(waitpid(pid, &status, 0), pid);
   EXPECT_EQ(ExitCodeOfWaitStatus(status), 137);
-  EXPECT_FALSE(SignalProcess(identity, SIGKILL));
+  EXPECT_TRUE(absl::IsNotFound(SignalProcess(identity, SIGKILL)));
 }
 
 // The kernel lets a file of /proc be opened and then fails to read it, when the process ends in between.
 TEST(SubprocessTest, AProcessMayEndWhileItIsLookedAt) {
+  using ::testing::AnyOf;
+  using enum absl::StatusCode;
   std::atomic<pid_t> pid = getpid();
   std::atomic<bool> stop = false;
   std::thread looker([&] {
-    while (!stop) IdentifyProcess(pid);
+    while (!stop) EXPECT_THAT(IdentifyProcess(pid).status().code(), AnyOf(kOk, kNotFound));
   });
   for (int i = 0; i < 300; ++i) {
     pid = fork();
@@ -273,16 +387,15 @@ TEST(SubprocessTest, AProcessMayEndWhileItIsLookedAt) {
   }
   stop = true;
   looker.join();
-  EXPECT_FALSE(IdentifyProcess(pid));
+  EXPECT_TRUE(absl::IsNotFound(IdentifyProcess(pid).status()));
 }
 
 TEST(SubprocessTest, IdentityAndExitCodes) {
-  const auto self = IdentifyProcess(getpid());
-  ASSERT_TRUE(self);
-  EXPECT_TRUE(IsAlive(*self));
-  ProcessIdentity later = *self;
+  const ProcessIdentity self = ValueOf(IdentifyProcess(getpid()));
+  ProcessIdentity later = self;
   ++later.start_time;
-  EXPECT_FALSE(IsAlive(later)) << "the same number, but another process";
+  ASSERT_OK(SignalProcess(self, 0));
+  EXPECT_TRUE(absl::IsNotFound(SignalProcess(later, 0))) << "the same number, but another process";
   EXPECT_EQ(ExitCodeOfWaitStatus(3 << 8), 3);
   EXPECT_EQ(ExitCodeOfWaitStatus(SIGKILL), 137);
 }

@@ -59,14 +59,14 @@ class SimulatedLauncher final : public Launcher {
     }
   }
 
-  absl::Status Start(const GangRequest& request) override {
+  absl::StatusOr<bool> Start(const GangRequest& request) override {
     const std::lock_guard lock(mutex_);
     const int64_t left = left_ms_.try_emplace(request.job_id, work_ms_).first->second;
     gangs_[{request.job_id, request.attempt}] = {
         .request = request, .started_ms = now_ms_(), .done_ms = now_ms_() + left};
     started_.push_back(request);
     ++starts_;
-    return absl::OkStatus();
+    return true;
   }
   GangStatus Poll(const std::string& job_id, int attempt) override {
     const std::lock_guard lock(mutex_);
@@ -83,11 +83,12 @@ class SimulatedLauncher final : public Launcher {
     }
     return status;
   }
-  void Terminate(const std::string& job_id, int attempt) override {
+  absl::Status Terminate(const std::string& job_id, int attempt) override {
     const std::lock_guard lock(mutex_);
     if (Gang* gang = Find(job_id, attempt)) gang->leaves_ms = now_ms_();
+    return absl::OkStatus();
   }
-  void Kill(const std::string& job_id, int attempt) override { Terminate(job_id, attempt); }
+  absl::Status Kill(const std::string& job_id, int attempt) override { return Terminate(job_id, attempt); }
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override { return "secret"; }
   absl::Status PublishAddress(const std::string&, int) override { return absl::OkStatus(); }
 

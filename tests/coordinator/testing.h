@@ -99,17 +99,20 @@ struct Stores {
 // A launcher whose gangs do what the test says. Thread-safe.
 class FakeLauncher final : public Launcher {
  public:
-  absl::Status Start(const GangRequest& request) override {
+  absl::StatusOr<bool> Start(const GangRequest& request) override {
     const std::lock_guard lock(mutex_);
     if (!start_error_.ok()) return start_error_;
     const std::string name = Name(request.job_id, request.attempt);
-    if (gangs_.contains(name)) return absl::OkStatus();
+    if (gangs_.contains(name)) return false;
     gangs_[name].phase = GangStatus::Phase::kTraining;
     started_.push_back(request);
-    return absl::OkStatus();
+    return true;
   }
   GangStatus Poll(const std::string& job_id, int attempt) override {
     const std::lock_guard lock(mutex_);
+    if (!look_error_.ok()) {
+      return {.phase = GangStatus::Phase::kUnknown, .reason = std::string(look_error_.message())};
+    }
     const auto gang = gangs_.find(Name(job_id, attempt));
     if (gang != gangs_.end()) return gang->second;
     GangStatus lost;
@@ -117,29 +120,30 @@ class FakeLauncher final : public Launcher {
     lost.reason = "never started";
     return lost;
   }
-  void Terminate(const std::string& job_id, int attempt) override { Note("terminate", job_id, attempt); }
-  void Kill(const std::string& job_id, int attempt) override { Note("kill", job_id, attempt); }
+  absl::Status Terminate(const std::string& job_id, int attempt) override { return Note("terminate", job_id, attempt); }
+  absl::Status Kill(const std::string& job_id, int attempt) override { return Note("kill", job_id, attempt); }
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override {
     const std::lock_guard lock(mutex_);
+    if (!look_error_.ok()) return look_error_;
     if (!gangs_.contains(Name(job_id, attempt))) return absl::NotFoundError("no such attempt");
     return absl::StrCat("secret-of-", Name(job_id, attempt));
   }
   absl::Status PublishAddress(const std::string& job_id, int attempt) override {
-    Note("publish", job_id, attempt);
-    return absl::OkStatus();
+    return Note("publish", job_id, attempt);
   }
 
-  void Forget(const std::string& job_id) override { Note("forget", job_id, 0); }
+  void Forget(const std::string& job_id) override { Note("forget", job_id, 0).IgnoreError(); }
 
   void SetPhase(const std::string& job_id, int attempt, GangStatus::Phase phase) {
     const std::lock_guard lock(mutex_);
     gangs_[Name(job_id, attempt)].phase = phase;
   }
-  void End(const std::string& job_id, int attempt, int exit_code) {
+  void End(const std::string& job_id, int attempt, int exit_code, int64_t unix_ms = 0) {
     const std::lock_guard lock(mutex_);
     GangStatus& status = gangs_[Name(job_id, attempt)];
     status.phase = GangStatus::Phase::kEnded;
     status.exit.exit_code = exit_code;
+    status.exit.time_ms = unix_ms;
   }
   void Lose(const std::string& job_id, int attempt, const std::string& reason) {
     const std::lock_guard lock(mutex_);
@@ -150,6 +154,11 @@ class FakeLauncher final : public Launcher {
   void FailStarts(const absl::Status& status) {
     const std::lock_guard lock(mutex_);
     start_error_ = status;
+  }
+  // From now on nothing can be looked at, read or signalled; with OK it can again.
+  void FailLooks(const absl::Status& status) {
+    const std::lock_guard lock(mutex_);
+    look_error_ = status;
   }
   std::vector<GangRequest> started() const {
     const std::lock_guard lock(mutex_);
@@ -164,13 +173,15 @@ class FakeLauncher final : public Launcher {
 
  private:
   static std::string Name(const std::string& job_id, int attempt) { return absl::StrCat(job_id, "/", attempt); }
-  void Note(const char* verb, const std::string& job_id, int attempt) {
+  absl::Status Note(const char* verb, const std::string& job_id, int attempt) {
     const std::lock_guard lock(mutex_);
+    if (!look_error_.ok()) return look_error_;
     notes_.push_back(absl::StrCat(verb, " ", Name(job_id, attempt)));
+    return absl::OkStatus();
   }
 
   mutable std::mutex mutex_;
-  absl::Status start_error_;
+  absl::Status start_error_, look_error_;
   std::map<std::string, GangStatus> gangs_;
   std::vector<GangRequest> started_;
   std::vector<std::string> notes_;

@@ -1,6 +1,7 @@
 #include "coordinator/tokens.h"
 
 #include <gmock/gmock.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include "testing.h"
@@ -95,6 +96,20 @@ TEST_F(TokensTest, TheDoorStaysShutWhenTheFileCannotBeUsed) {
   std::filesystem::remove(file_);
   EXPECT_TRUE(store.Required());
   EXPECT_EQ(store.Find(made.text, kNow).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TokensTest, AnErrorThatPassesLocksNobodyOutForGood) {
+  TokenStore store(file_);
+  const NewToken made = Add(Role::kAdmin, "root");
+  rlimit files = {};
+  getrlimit(RLIMIT_NOFILE, &files);
+  const rlimit none = {.rlim_cur = 0, .rlim_max = files.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  const absl::Status status = store.Find(made.text, kNow).status();
+  setrlimit(RLIMIT_NOFILE, &files);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("Too many open files"));
+  ASSERT_OK(store.Find(made.text, kNow).status());
 }
 
 TEST_F(TokensTest, BadNamesAndDays) {

@@ -115,7 +115,7 @@ void CheckAnswer(const FuzzMethod& method, const std::string& request, const grp
 class FuzzLauncher final : public Launcher {
  public:
   explicit FuzzLauncher(std::filesystem::path outputs) : outputs_(std::move(outputs)) {}
-  absl::Status Start(const GangRequest& request) override {
+  absl::StatusOr<bool> Start(const GangRequest& request) override {
     const std::filesystem::path dir = request.log_dir.lexically_normal();
     const auto [in_outputs, in_dir] = std::mismatch(outputs_.begin(), outputs_.end(), dir.begin(), dir.end());
     if (in_outputs != outputs_.end()) Fail(absl::StrCat("a gang may write to ", dir.string()));
@@ -126,8 +126,14 @@ class FuzzLauncher final : public Launcher {
     return gangs.Start(request);
   }
   GangStatus Poll(const std::string& job_id, int attempt) override { return gangs.Poll(job_id, attempt); }
-  void Terminate(const std::string& job_id, int attempt) override { gangs.End(job_id, attempt, 143); }
-  void Kill(const std::string& job_id, int attempt) override { gangs.End(job_id, attempt, 137); }
+  absl::Status Terminate(const std::string& job_id, int attempt) override {
+    gangs.End(job_id, attempt, 143);
+    return absl::OkStatus();
+  }
+  absl::Status Kill(const std::string& job_id, int attempt) override {
+    gangs.End(job_id, attempt, 137);
+    return absl::OkStatus();
+  }
   absl::StatusOr<std::string> ReadSecret(const std::string& job_id, int attempt) override {
     return gangs.ReadSecret(job_id, attempt);
   }

@@ -6,7 +6,9 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "tests/simpoctl/fake_service.h"
 #include "tests/simpoctl/run_simpoctl.h"
+#include "tests/simpoctl/test_jobs.h"
 
 namespace simpo {
 namespace {
@@ -30,6 +32,25 @@ TEST(Program, RecipesPassADryRun) {
     EXPECT_EQ(outcome.out, absl::StrCat(SIMPOCTL_TESTDATA, "/", file, ": a valid job\n"));
     EXPECT_THAT(outcome.err, HasSubstr("no coordinator answered at 127.0.0.1:1; the file was checked here only"));
   }
+}
+
+// Between two looks the attempt has ended, and the next one runs already.
+TEST(Program, WaitingForACheckpointEndsWithTheAttempt) {
+  FakeService service;
+  int looks = 0;
+  service.on_get = [&](const v1::GetJobRequest&, v1::GetJobResponse* response) {
+    *response->mutable_job() = RunningJob();
+    if (++looks > 2) response->mutable_job()->set_attempt(2);
+    return grpc::Status::OK;
+  };
+  service.on_checkpoint = [](const v1::CheckpointJobRequest&, v1::CheckpointJobResponse* response) {
+    *response->mutable_job() = RunningJob();
+    return grpc::Status::OK;
+  };
+  const Outcome outcome = RunSimpoctl(service.address(), "checkpoint first --wait");
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("is RUNNING in attempt 2 and has written no checkpoint since it was asked in "
+                                     "attempt 1"));
 }
 
 TEST(Program, DryRunShowsTheWholeJob) {
