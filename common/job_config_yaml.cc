@@ -27,6 +27,10 @@ namespace fs = std::filesystem;
 
 constexpr int64_t kLargestBatch = 1048576;
 constexpr size_t kMaxDatasets = 1000;
+// Of labels: the coordinator keeps those of every job, several times.
+constexpr size_t kMaxLabels = 64;
+constexpr size_t kMaxLabelNameBytes = 128;
+constexpr size_t kMaxLabelValueBytes = 256;
 
 // Entries to JobConfig. One per file.
 class Parser {
@@ -213,9 +217,23 @@ void Parser::SetWords(const JobEntry& entry, Words* words) {
 
 void Parser::SetLabels(const JobEntry& entry, Labels* labels) {
   if (!entry.value.IsMap()) return MustBe(entry, "a map of word to word");
+  if (entry.value.size() > kMaxLabels) {
+    return Wrong(entry, absl::StrCat("has ", entry.value.size(), " labels; at most ", kMaxLabels, " are taken"));
+  }
   for (const auto& item : entry.value) {
     if (!item.first.IsScalar() || !item.second.IsScalar()) return MustBe(entry, "a map of word to word");
-    (*labels)[item.first.Scalar()] = item.second.Scalar();
+    const std::string& name = item.first.Scalar();
+    const std::string& value = item.second.Scalar();
+    const int line = entry.line == 0 ? 0 : item.first.Mark().line + 1;
+    if (name.size() > kMaxLabelNameBytes) {
+      reading_.Violation(entry.written, line,
+                         absl::StrCat("a label's name has at most ", kMaxLabelNameBytes, " bytes, not ", name.size()));
+    } else if (value.size() > kMaxLabelValueBytes) {
+      reading_.Violation(entry.written, line,
+                         absl::StrCat("the value of '", OneLine(name, 80), "' has at most ", kMaxLabelValueBytes,
+                                      " bytes, not ", value.size()));
+    }
+    (*labels)[name] = value;
   }
 }
 
