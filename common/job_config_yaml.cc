@@ -89,7 +89,7 @@ class Parser {
   void FillInBatch();
   void NoteDefaults();
   void CheckWritten(std::string_view yaml);
-  std::string ResolvePath(const std::string& value) const;
+  std::string ResolvePath(const std::string& value, bool globs = false) const;
 
   // A value that is wrong, told under the name that the user wrote.
   void Wrong(const JobEntry& entry, std::string_view problem) {
@@ -171,7 +171,7 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
     if (name.empty() || name.find('\0') != std::string::npos) {
       return MustBe(entry, "the name of a data file or folder");
     }
-    mixer->emplace_back(ResolvePath(name), 1.0);
+    mixer->emplace_back(ResolvePath(name, /*globs=*/true), 1.0);
     return;
   }
   if (!entry.value.IsMap() || entry.value.size() == 0) {
@@ -194,7 +194,7 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
       const std::string said =
           item.second.IsScalar() ? absl::StrCat(", not '", OneLine(item.second.Scalar(), 80), "'") : "";
       reading_.Violation(field, line, absl::StrCat("the fraction must be above 0 and at most 1", said));
-    } else if (std::string path = ResolvePath(name); !known.insert(path).second) {
+    } else if (std::string path = ResolvePath(name, /*globs=*/true); !known.insert(path).second) {
       reading_.Violation(field, line, "the data set stands twice; keep one");
     } else {
       mixer->emplace_back(std::move(path), *fraction);
@@ -291,8 +291,8 @@ void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::s
 }
 
 // A value that can only be a path, or that is one beside the job file, becomes absolute. Anything else
-// may be the name of a hub repository ("owner/name") and stays.
-std::string Parser::ResolvePath(const std::string& value) const {
+// may be the name of a hub repository ("owner/name") and stays. `globs`: a pattern can only be a path.
+std::string Parser::ResolvePath(const std::string& value, bool globs) const {
   const bool is_template = value.find("{{") != std::string::npos || value.find("{%") != std::string::npos;
   if (value.empty() || value == "true" || is_template || value.size() > 4096) return value;
   std::string expanded = value;
@@ -304,7 +304,7 @@ std::string Parser::ResolvePath(const std::string& value) const {
   static const std::set<std::string> kFileEndings = {".jsonl",   ".json",  ".csv",        ".gz",
                                                      ".parquet", ".jinja", ".safetensors"};
   const bool says_path = value.starts_with("./") || value.starts_with("../") || value.starts_with("~/") ||
-                         value[0] == '/' || value == "." || value == ".." ||
+                         value[0] == '/' || value == "." || value == ".." || (globs && IsGlob(value)) ||
                          std::count(value.begin(), value.end(), '/') > 1 ||
                          kFileEndings.contains(path.extension().string());
   std::error_code error;

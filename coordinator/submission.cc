@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/host_name.h"
 #include "common/sha256.h"
+#include "common/text.h"
 #include "coordinator/placement.h"
 
 namespace simpo {
@@ -51,15 +52,31 @@ void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolatio
 }
 
 // An input that names a local path must be allowed and there; hub names are left to the worker. Of what is not
-// allowed nothing is told, not even whether it exists.
+// allowed nothing is told, not even whether it exists. `globs`: it may be a pattern of such paths.
 void CheckInput(const char* field, const std::string& value, const AllowedRoots& roots,
-                std::vector<FieldViolation>* violations) {
+                std::vector<FieldViolation>* violations, bool globs = false) {
   if (std::string problem = roots.ProblemOfInput(value); !problem.empty()) {
     violations->push_back({field, 0, std::move(problem)});
     return;
   }
   if (value.empty() || value[0] != '/') return;
   if (access(value.c_str(), R_OK) == 0) return;
+  if (globs && errno == ENOENT && IsGlob(value)) {
+    const std::vector<std::string> matches = MatchesOfGlob(value);
+    if (matches.empty()) {
+      violations->push_back({field, 0,
+                             absl::StrCat("'", value, "' matches no file on ", HostName(),
+                                          "; patterns are looked up on the coordinator's machine")});
+    }
+    for (const std::string& match : matches) {
+      if (access(match.c_str(), R_OK) == 0) continue;
+      violations->push_back({field, 0,
+                             absl::StrCat("'", match, "', which '", value, "' matches, cannot be read on ", HostName(),
+                                          " (", std::strerror(errno), ")")});
+      return;
+    }
+    return;
+  }
   const char* problem = errno == ENOENT ? "does not exist" : "cannot be read";
   violations->push_back({field, 0,
                          absl::StrCat("'", value, "' ", problem, " on ", HostName(), " (", std::strerror(errno),
@@ -69,9 +86,11 @@ void CheckInput(const char* field, const std::string& value, const AllowedRoots&
 void CheckInputs(const JobConfig& config, const AllowedRoots& roots, std::vector<FieldViolation>* violations) {
   CheckInput("model_name_or_path", config.model_name_or_path, roots, violations);
   CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, roots, violations);
-  for (const auto& [path, fraction] : config.dataset_mixer) CheckInput("dataset_mixer", path, roots, violations);
+  for (const auto& [path, fraction] : config.dataset_mixer) {
+    CheckInput("dataset_mixer", path, roots, violations, /*globs=*/true);
+  }
   for (const auto& [path, fraction] : config.eval_dataset_mixer) {
-    CheckInput("eval_dataset_mixer", path, roots, violations);
+    CheckInput("eval_dataset_mixer", path, roots, violations, /*globs=*/true);
   }
   CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, roots, violations);
   // A text that is no file is the template itself.

@@ -70,6 +70,24 @@ TEST(SubmissionTest, AnOutputFolderIsNotWrittenOver) {
   EXPECT_THAT(CheckOutputDir(config, dir.path()), IsEmpty());
 }
 
+TEST(SubmissionTest, GlobsMustMatchSomething) {
+  TempDir dir;
+  WriteText(dir / "rows/part-1.jsonl", "{}\n");
+  const auto problem = [&](const std::string& data, const std::string& more = "") {
+    v1::SubmitJobRequest request = SubmitRequest(absl::StrCat("model_name_or_path: org/model\ndataset_mixer: {'", data,
+                                                              "': 1.0}\nglobal_batch_size: 8\n", more));
+    request.set_base_dir(dir.path());
+    return AllText(CheckSubmission(request, 64).violations);
+  };
+  for (const std::string& data : {std::string("rows/part-*.jsonl"), std::string("rows/*"),
+                                  std::string("r*s/part-?.jsonl"), std::string(dir / "rows/part-[0-9].jsonl")}) {
+    EXPECT_EQ(problem(data), "") << data;
+  }
+  EXPECT_EQ(problem("org/data", "eval_dataset_mixer: {'rows/part-*.jsonl': 1.0}\n"), "");
+  for (const char* data : {"rows/part-*.parquet", "none/*"}) EXPECT_THAT(problem(data), HasSubstr("matches no file"));
+  EXPECT_THAT(problem("rows/*", "resume_from_checkpoint: ./rows/part-*\n"), HasSubstr("does not exist"));
+}
+
 TEST(SubmissionTest, NamesBecomeFileNames) {
   EXPECT_EQ(FileNameOf("my job/1"), "my-job-1");
   EXPECT_EQ(FileNameOf("../up"), "job..-up");
