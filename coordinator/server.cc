@@ -65,7 +65,9 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
                   .label_quotas = options.label_quotas,
                   .preemption = options.preemption,
                   .starvation_ms = static_cast<int64_t>(options.starvation_minutes * 60'000)};
-  result.outputs_dir = fs::path(options.data_dir) / "outputs";
+  // Folders of jobs are compared by the names that they have without links.
+  const fs::path outputs_dir = fs::path(options.data_dir) / "outputs";
+  result.outputs_dir = WithoutLinks(outputs_dir).value_or(outputs_dir);
   result.roots = roots;
   result.liveness.attach = Milliseconds(options.attach_timeout_s);
   result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);
