@@ -184,6 +184,7 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
   } else {
     live_[result.sequence] = &result;
     live_output_dirs_[result.job.output_dir()] = &result;
+    ++live_of_user_[result.job.user()];
   }
   records_[result.sequence] = std::move(record);
   Changed(result);
@@ -282,6 +283,12 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
     live_.erase(record.sequence);
     live_output_dirs_.erase(record.job.output_dir());
+    if (const auto user = live_of_user_.find(record.job.user()); --user->second == 0) live_of_user_.erase(user);
+    // It is kept for long: without what only live jobs need.
+    record.worker_events.clear();
+    record.config = {.launcher = record.config.launcher,
+                     .model_name_or_path = record.config.model_name_or_path,
+                     .loss_type = record.config.loss_type};
     to_remove_.insert({EvenMillis(now), record.sequence});
     to_thin_.insert({EvenMillis(now), record.sequence});
     if (!record.attempts.empty()) {
@@ -336,6 +343,14 @@ std::string Dispatcher::ProblemOfTurnedFolder(const JobRecord& record) const {
 }
 
 absl::Status Dispatcher::Check(const v1::Job& job, const std::string& output_dir) {
+  if (const auto user = live_of_user_.find(job.user());
+      options_.max_jobs_per_user > 0 && user != live_of_user_.end() && user->second >= options_.max_jobs_per_user) {
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                          job.user().empty() ? "the user without a name" : absl::StrCat("user ", job.user()), " has ",
+                          user->second, " jobs that have not ended, and may have ", options_.max_jobs_per_user,
+                          "; wait for some, cancel some, or have --max-jobs-per-user raised on the coordinator")),
+                      "TOO_MANY_JOBS");
+  }
   std::vector<FieldViolation> violations;
   if (const JobRecord* other = WriterTo(output_dir)) {
     const std::string& theirs = other->job.output_dir();

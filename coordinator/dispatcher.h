@@ -56,6 +56,7 @@ class Dispatcher {
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
     RestartPolicy restart;
+    int max_jobs_per_user = 0;  // that have not ended; 0: no limit
     // From the command to stop to SIGTERM; a gang that is writing a checkpoint then has liveness.checkpoint.
     std::chrono::milliseconds stop_grace{120'000};
     std::chrono::milliseconds term_grace{15'000};  // from SIGTERM to SIGKILL
@@ -199,6 +200,7 @@ class Dispatcher {
   std::unordered_map<std::string, JobRecord*> by_id_, by_request_id_;
   std::map<int64_t, JobRecord*> live_;                  // those that have not ended
   std::map<std::string, JobRecord*> live_output_dirs_;  // and where they write
+  std::unordered_map<std::string, int> live_of_user_;   // and how many each user has
   std::vector<JobRecord*> changed_;                     // since the last publication
   std::vector<JobRecord*> heard_;                       // whose ranks were, since the last tick
   // (end_time, sequence) of ended jobs: those that are yet to be removed, and those that are yet to be thinned.

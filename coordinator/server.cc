@@ -81,6 +81,7 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
   result.restart.longest_pause = Milliseconds(options.restart_pause_max_s);
   result.restart.max_machine_faults = options.max_machine_faults;
   result.restart.exit_codes = options.exit_codes;
+  result.max_jobs_per_user = options.max_jobs_per_user;
   result.stop_grace = Milliseconds(options.stop_grace_s);
   result.keep_jobs = Milliseconds(options.history_days * kSecondsOfADay);
   result.keep_points = Milliseconds(options.metrics_full_days * kSecondsOfADay);

@@ -937,6 +937,34 @@ TEST_F(DispatcherTest, TwoLiveJobsDoNotShareAnOutputFolder) {
   EXPECT_TRUE(Submit(yaml("link/sub")).ok()) << "nobody writes there any more";
 }
 
+TEST_F(DispatcherTest, AUserMayHaveSoManyJobs) {
+  options_.max_jobs_per_user = 3;
+  StartCoordinator();
+  const std::string id = Start(JobYaml(4));
+  for (int i = 0; i < 2; ++i) ASSERT_OK(Submit(JobYaml(), absl::StrCat("id-", i)).status());
+  const auto refused = [&] {
+    const absl::Status status = Submit(JobYaml()).status();
+    EXPECT_THAT(std::string(status.message()), HasSubstr("user alice has 3 jobs")) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("--max-jobs-per-user"));
+    return status.code() == absl::StatusCode::kResourceExhausted;
+  };
+  EXPECT_TRUE(refused());
+  EXPECT_TRUE(Submit(JobYaml(), "id-0")->already_existed()) << "is no new job";
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml());
+  request.set_user("bob");
+  bool bob = false;
+  dispatcher_->Submit(CheckSubmission(request, 4), "", now_, [&](const auto& answer) { bob = answer.ok(); });
+  Flush();
+  EXPECT_TRUE(bob);
+  StartCoordinator();
+  EXPECT_TRUE(refused()) << "a new coordinator counts the same";
+  Cancel(id);
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_TRUE(Submit(JobYaml()).ok());
+  EXPECT_TRUE(refused());
+}
+
 TEST_F(DispatcherTest, AFolderThatCannotBeMadeIsNoFaultOfTheMachine) {
   Start(JobYaml(4));
   const std::string id = Start(JobYaml(4, absl::StrCat("output_dir: ", (dir_ / "later/out").string(), "\n")));
