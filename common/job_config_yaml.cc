@@ -32,6 +32,10 @@ constexpr size_t kMaxLabels = 64;
 constexpr size_t kMaxLabelNameBytes = 128;
 constexpr size_t kMaxLabelValueBytes = 256;
 
+std::string TooLong(const std::string& dataset) {
+  return absl::StrCat("the name of a data set has at most ", kMaxPathBytes, " bytes, not ", dataset.size());
+}
+
 // Entries to JobConfig. One per file.
 class Parser {
  public:
@@ -171,6 +175,8 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
     if (name.empty() || name.find('\0') != std::string::npos) {
       return MustBe(entry, "the name of a data file or folder");
     }
+    // A pattern that is too long for a path may match all the same, from wherever the worker is.
+    if (name.size() > kMaxPathBytes) return Wrong(entry, TooLong(name));
     mixer->emplace_back(ResolvePath(name, /*globs=*/true), 1.0);
     return;
   }
@@ -190,6 +196,8 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
     const std::string field = absl::StrCat(entry.written, ".", name);
     if (name.empty() || name.find('\0') != std::string::npos) {
       reading_.Violation(entry.written, line, "a data set must have a name");
+    } else if (name.size() > kMaxPathBytes) {
+      reading_.Violation(entry.written, line, TooLong(name));
     } else if (!fraction || *fraction <= 0 || *fraction > 1) {
       const std::string said =
           item.second.IsScalar() ? absl::StrCat(", not '", OneLine(item.second.Scalar(), 80), "'") : "";
@@ -253,7 +261,9 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
     }
     if (const std::optional<std::string> problem = CheckChoice(row.key.range, text)) return Wrong(entry, *problem);
     if (text.empty()) text = std::string(row.key.fallback);  // `key: ""` leaves the default too
-    config_.** field = row.is_path ? ResolvePath(text) : text;
+    const bool is_template = row.key.name == "chat_template" &&
+                             (text.find("{{") != std::string::npos || text.find("{%") != std::string::npos);
+    config_.** field = row.is_path && !is_template ? ResolvePath(text) : text;
     return;
   }
   if (const auto* field = std::get_if<bool JobConfig::*>(&row.field)) {
@@ -293,8 +303,7 @@ void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::s
 // A value that can only be a path, or that is one beside the job file, becomes absolute. Anything else
 // may be the name of a hub repository ("owner/name") and stays. `globs`: a pattern can only be a path.
 std::string Parser::ResolvePath(const std::string& value, bool globs) const {
-  const bool is_template = value.find("{{") != std::string::npos || value.find("{%") != std::string::npos;
-  if (value.empty() || value == "true" || is_template || value.size() > 4096) return value;
+  if (value.empty() || value == "true" || value.size() > kMaxPathBytes) return value;
   std::string expanded = value;
   if (value.starts_with("~/")) {
     const char* home = std::getenv("HOME");

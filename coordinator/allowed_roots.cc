@@ -17,6 +17,15 @@ namespace fs = std::filesystem;
 
 constexpr int kMaxEntries = 20'000;  // of an input folder
 
+// Whether a pattern can match what lies above its fixed part: what is found there would be told by the refusal.
+bool MayClimb(const std::string& pattern) {
+  if (pattern.find('\\') != std::string::npos) return true;
+  const fs::path path = pattern;
+  return std::any_of(path.begin(), path.end(), [](const fs::path& part) {
+    return part == ".." || (part.native().starts_with('.') && IsGlob(part.native()));
+  });
+}
+
 }  // namespace
 
 std::optional<fs::path> WithoutLinks(const fs::path& path) {
@@ -81,6 +90,11 @@ std::string AllowedRoots::ProblemOfInput(const std::string& value) const {
   if (IsGlob(value) && !fs::exists(value, error)) {
     const std::string fixed = value.substr(0, value.find_first_of("*?["));
     if (!Holds(fs::path(fixed).parent_path(), /*itself=*/true)) return Outside(value);
+    if (MayClimb(value)) {
+      return absl::StrCat("'", value,
+                          "' may lead out of its folder: a pattern here has no backslash, no .., and no *, ? ",
+                          "or [ in a name that begins with a dot");
+    }
     for (const std::string& match : MatchesOfGlob(value)) {
       if (std::string problem = ProblemOfInput(match); !problem.empty()) return problem;
     }

@@ -1,7 +1,6 @@
 #ifndef SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 #define SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 
-#include <cstddef>
 #include <filesystem>
 #include <functional>
 #include <optional>
@@ -12,8 +11,6 @@
 #include "common/job_config_yaml.h"
 
 namespace simpo {
-
-constexpr size_t kMaxPathBytes = 4096;  // of Linux
 
 // The path without symbolic links, dots and slashes at its end; the part that does not exist stays as it is. Nothing:
 // it cannot be told, or a link leads to what is not there yet and may be anything later.
