@@ -15,7 +15,7 @@ const JobKeyRow kRows[] = {
     {{"name", "string", "", "", "", "Job", "What lists and pages call the job."}, &C::name},
     {{"priority", "integer", "0", "", "-1000000 to 1000000", "Job", "Jobs of higher priority run first."},
      &C::priority},
-    {{"labels", "map", "", "", "", "Job", "Labels of your own, to filter lists by."}, &C::labels},
+    {{"labels", "map", "", "", "", "Job", "Labels of your own, to filter lists by; at most 64."}, &C::labels},
     {{"max_restarts", "integer", "3", "", "0 to 1000", "Job", "How often a faulty attempt is followed by another."},
      &C::max_restarts},
     {{"time_limit", "duration", "0", "seconds", ">= 0", "Job",

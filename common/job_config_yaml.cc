@@ -27,6 +27,14 @@ namespace fs = std::filesystem;
 
 constexpr int64_t kLargestBatch = 1048576;
 constexpr size_t kMaxDatasets = 1000;
+// Of labels: the coordinator keeps those of every job, several times.
+constexpr size_t kMaxLabels = 64;
+constexpr size_t kMaxLabelNameBytes = 128;
+constexpr size_t kMaxLabelValueBytes = 256;
+
+std::string TooLong(const std::string& dataset) {
+  return absl::StrCat("the name of a data set has at most ", kMaxPathBytes, " bytes, not ", dataset.size());
+}
 
 // Entries to JobConfig. One per file.
 class Parser {
@@ -85,7 +93,7 @@ class Parser {
   void FillInBatch();
   void NoteDefaults();
   void CheckWritten(std::string_view yaml);
-  std::string ResolvePath(const std::string& value) const;
+  std::string ResolvePath(const std::string& value, bool globs = false) const;
 
   // A value that is wrong, told under the name that the user wrote.
   void Wrong(const JobEntry& entry, std::string_view problem) {
@@ -167,7 +175,9 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
     if (name.empty() || name.find('\0') != std::string::npos) {
       return MustBe(entry, "the name of a data file or folder");
     }
-    mixer->emplace_back(ResolvePath(name), 1.0);
+    // A pattern that is too long for a path may match all the same, from wherever the worker is.
+    if (name.size() > kMaxPathBytes) return Wrong(entry, TooLong(name));
+    mixer->emplace_back(ResolvePath(name, /*globs=*/true), 1.0);
     return;
   }
   if (!entry.value.IsMap() || entry.value.size() == 0) {
@@ -186,11 +196,13 @@ void Parser::SetMixer(const JobEntry& entry, DatasetMixer* mixer) {
     const std::string field = absl::StrCat(entry.written, ".", name);
     if (name.empty() || name.find('\0') != std::string::npos) {
       reading_.Violation(entry.written, line, "a data set must have a name");
+    } else if (name.size() > kMaxPathBytes) {
+      reading_.Violation(entry.written, line, TooLong(name));
     } else if (!fraction || *fraction <= 0 || *fraction > 1) {
       const std::string said =
           item.second.IsScalar() ? absl::StrCat(", not '", OneLine(item.second.Scalar(), 80), "'") : "";
       reading_.Violation(field, line, absl::StrCat("the fraction must be above 0 and at most 1", said));
-    } else if (std::string path = ResolvePath(name); !known.insert(path).second) {
+    } else if (std::string path = ResolvePath(name, /*globs=*/true); !known.insert(path).second) {
       reading_.Violation(field, line, "the data set stands twice; keep one");
     } else {
       mixer->emplace_back(std::move(path), *fraction);
@@ -213,9 +225,23 @@ void Parser::SetWords(const JobEntry& entry, Words* words) {
 
 void Parser::SetLabels(const JobEntry& entry, Labels* labels) {
   if (!entry.value.IsMap()) return MustBe(entry, "a map of word to word");
+  if (entry.value.size() > kMaxLabels) {
+    return Wrong(entry, absl::StrCat("has ", entry.value.size(), " labels; at most ", kMaxLabels, " are taken"));
+  }
   for (const auto& item : entry.value) {
     if (!item.first.IsScalar() || !item.second.IsScalar()) return MustBe(entry, "a map of word to word");
-    (*labels)[item.first.Scalar()] = item.second.Scalar();
+    const std::string& name = item.first.Scalar();
+    const std::string& value = item.second.Scalar();
+    const int line = entry.line == 0 ? 0 : item.first.Mark().line + 1;
+    if (name.size() > kMaxLabelNameBytes) {
+      reading_.Violation(entry.written, line,
+                         absl::StrCat("a label's name has at most ", kMaxLabelNameBytes, " bytes, not ", name.size()));
+    } else if (value.size() > kMaxLabelValueBytes) {
+      reading_.Violation(entry.written, line,
+                         absl::StrCat("the value of '", OneLine(name, 80), "' has at most ", kMaxLabelValueBytes,
+                                      " bytes, not ", value.size()));
+    }
+    (*labels)[name] = value;
   }
 }
 
@@ -235,7 +261,9 @@ void Parser::SetScalar(const JobKeyRow& row, const JobEntry& entry, std::string 
     }
     if (const std::optional<std::string> problem = CheckChoice(row.key.range, text)) return Wrong(entry, *problem);
     if (text.empty()) text = std::string(row.key.fallback);  // `key: ""` leaves the default too
-    config_.** field = row.is_path ? ResolvePath(text) : text;
+    const bool is_template = row.key.name == "chat_template" &&
+                             (text.find("{{") != std::string::npos || text.find("{%") != std::string::npos);
+    config_.** field = row.is_path && !is_template ? ResolvePath(text) : text;
     return;
   }
   if (const auto* field = std::get_if<bool JobConfig::*>(&row.field)) {
@@ -273,10 +301,9 @@ void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::s
 }
 
 // A value that can only be a path, or that is one beside the job file, becomes absolute. Anything else
-// may be the name of a hub repository ("owner/name") and stays.
-std::string Parser::ResolvePath(const std::string& value) const {
-  const bool is_template = value.find("{{") != std::string::npos || value.find("{%") != std::string::npos;
-  if (value.empty() || value == "true" || is_template || value.size() > 4096) return value;
+// may be the name of a hub repository ("owner/name") and stays. `globs`: a pattern can only be a path.
+std::string Parser::ResolvePath(const std::string& value, bool globs) const {
+  if (value.empty() || value == "true" || value.size() > kMaxPathBytes) return value;
   std::string expanded = value;
   if (value.starts_with("~/")) {
     const char* home = std::getenv("HOME");
@@ -286,7 +313,7 @@ std::string Parser::ResolvePath(const std::string& value) const {
   static const std::set<std::string> kFileEndings = {".jsonl",   ".json",  ".csv",        ".gz",
                                                      ".parquet", ".jinja", ".safetensors"};
   const bool says_path = value.starts_with("./") || value.starts_with("../") || value.starts_with("~/") ||
-                         value[0] == '/' || value == "." || value == ".." ||
+                         value[0] == '/' || value == "." || value == ".." || (globs && IsGlob(value)) ||
                          std::count(value.begin(), value.end(), '/') > 1 ||
                          kFileEndings.contains(path.extension().string());
   std::error_code error;

@@ -12,6 +12,7 @@
 namespace simpo {
 
 constexpr size_t kMaxJobFileBytes = 1 << 20;
+constexpr size_t kMaxPathBytes = 4096;  // of Linux
 
 // One thing that is wrong with a job file.
 struct FieldViolation {

@@ -17,6 +17,9 @@ std::string ToUtf8(std::string_view text, size_t max_bytes = std::string_view::n
 // The same on one line that a terminal can show: control characters become spaces.
 std::string OneLine(std::string_view text, size_t max_bytes = std::string_view::npos);
 
+// Whether a path names files by a pattern, as rows/part-*.jsonl.
+inline bool IsGlob(std::string_view path) { return path.find_first_of("*?[") != std::string_view::npos; }
+
 }  // namespace simpo
 
 #endif  // SIMPO_COMMON_TEXT_H_

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "common/text.h"
 
 namespace simpo {
 namespace {
@@ -17,9 +17,18 @@ namespace fs = std::filesystem;
 
 constexpr int kMaxEntries = 20'000;  // of an input folder
 
-// The path without symbolic links and dots; the part that does not exist stays as it is. Empty: it cannot be told,
-// or a link leads to what is not there yet and may be anything later.
-std::optional<fs::path> Resolve(const fs::path& path) {
+// Whether a pattern can match what lies above its fixed part: what is found there would be told by the refusal.
+bool MayClimb(const std::string& pattern) {
+  if (pattern.find('\\') != std::string::npos) return true;
+  const fs::path path = pattern;
+  return std::any_of(path.begin(), path.end(), [](const fs::path& part) {
+    return part == ".." || (part.native().starts_with('.') && IsGlob(part.native()));
+  });
+}
+
+}  // namespace
+
+std::optional<fs::path> WithoutLinks(const fs::path& path) {
   std::error_code error;
   const fs::path absolute = fs::absolute(path, error);
   if (error) return std::nullopt;
@@ -34,9 +43,7 @@ std::optional<fs::path> Resolve(const fs::path& path) {
   return resolved.has_filename() ? resolved : resolved.parent_path();
 }
 
-bool IsGlob(const std::string& value) { return value.find_first_of("*?[") != std::string::npos; }
-
-std::vector<std::string> MatchesOf(const std::string& pattern) {
+std::vector<std::string> MatchesOfGlob(const std::string& pattern) {
   glob_t found{};
   const int code = glob(pattern.c_str(), 0, nullptr, &found);
   std::vector<std::string> paths;
@@ -44,8 +51,6 @@ std::vector<std::string> MatchesOf(const std::string& pattern) {
   globfree(&found);
   return paths;
 }
-
-}  // namespace
 
 AllowedRoots::AllowedRoots(fs::path outputs_dir, const std::vector<std::string>& roots,
                            std::function<bool()> restricted)
@@ -62,7 +67,7 @@ AllowedRoots::AllowedRoots(fs::path outputs_dir, const std::vector<std::string>&
 }
 
 bool AllowedRoots::Holds(const fs::path& path, bool itself) const {
-  const std::optional<fs::path> resolved = Resolve(path);
+  const std::optional<fs::path> resolved = WithoutLinks(path);
   if (!resolved) return false;
   return std::any_of(roots_.begin(), roots_.end(), [&](const fs::path& root) {
     const auto [in_root, in_path] = std::mismatch(root.begin(), root.end(), resolved->begin(), resolved->end());
@@ -85,7 +90,12 @@ std::string AllowedRoots::ProblemOfInput(const std::string& value) const {
   if (IsGlob(value) && !fs::exists(value, error)) {
     const std::string fixed = value.substr(0, value.find_first_of("*?["));
     if (!Holds(fs::path(fixed).parent_path(), /*itself=*/true)) return Outside(value);
-    for (const std::string& match : MatchesOf(value)) {
+    if (MayClimb(value)) {
+      return absl::StrCat("'", value,
+                          "' may lead out of its folder: a pattern here has no backslash, no .., and no *, ? ",
+                          "or [ in a name that begins with a dot");
+    }
+    for (const std::string& match : MatchesOfGlob(value)) {
       if (std::string problem = ProblemOfInput(match); !problem.empty()) return problem;
     }
     return "";

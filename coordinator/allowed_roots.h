@@ -1,9 +1,9 @@
 #ifndef SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 #define SIMPO_COORDINATOR_ALLOWED_ROOTS_H_
 
-#include <cstddef>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,7 +12,12 @@
 
 namespace simpo {
 
-constexpr size_t kMaxPathBytes = 4096;  // of Linux
+// The path without symbolic links, dots and slashes at its end; the part that does not exist stays as it is. Nothing:
+// it cannot be told, or a link leads to what is not there yet and may be anything later.
+std::optional<std::filesystem::path> WithoutLinks(const std::filesystem::path& path);
+
+// The files and folders that there are by a pattern.
+std::vector<std::string> MatchesOfGlob(const std::string& pattern);
 
 // The folders below which the paths of jobs must lie. Thread-safe.
 class AllowedRoots {

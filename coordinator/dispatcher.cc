@@ -184,6 +184,7 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
   } else {
     live_[result.sequence] = &result;
     live_output_dirs_[result.job.output_dir()] = &result;
+    ++live_of_user_[result.job.user()];
   }
   records_[result.sequence] = std::move(record);
   Changed(result);
@@ -295,6 +296,12 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
     live_.erase(record.sequence);
     live_output_dirs_.erase(record.job.output_dir());
+    if (const auto user = live_of_user_.find(record.job.user()); --user->second == 0) live_of_user_.erase(user);
+    // It is kept for long: without what only live jobs need.
+    record.worker_events.clear();
+    record.config = {.launcher = record.config.launcher,
+                     .model_name_or_path = record.config.model_name_or_path,
+                     .loss_type = record.config.loss_type};
     to_remove_.insert({EvenMillis(now), record.sequence});
     to_thin_.insert({EvenMillis(now), record.sequence});
     if (!record.attempts.empty()) {
@@ -317,17 +324,52 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
   return true;
 }
 
-std::optional<std::string> Dispatcher::OutputDirInUse(const std::string& output_dir) const {
-  const auto found = live_output_dirs_.find(output_dir);
-  if (found == live_output_dirs_.end()) return std::nullopt;
-  return found->second->job.id();
+const JobRecord* Dispatcher::WriterTo(const std::string& folder) const {
+  if (folder.empty()) return nullptr;
+  for (fs::path path = folder;; path = path.parent_path()) {
+    if (const auto found = live_output_dirs_.find(path.string()); found != live_output_dirs_.end()) {
+      return found->second;
+    }
+    if (!path.has_relative_path()) break;
+  }
+  // What lies in it comes next, were it there itself.
+  const std::string inside = folder.ends_with('/') ? folder : folder + "/";
+  const auto next = live_output_dirs_.lower_bound(inside);
+  return next != live_output_dirs_.end() && next->first.starts_with(inside) ? next->second : nullptr;
+}
+
+std::string Dispatcher::ProblemOfTurnedFolder(const JobRecord& record) const {
+  const std::string& named = record.job.output_dir();
+  const std::optional<fs::path> real = WithoutLinks(named);
+  if (!options_.roots.restricted() || !real || *real == named) return "";
+  const auto taken = [&](const JobRecord& other) {
+    return absl::StrCat("'", named, "' leads to a folder of job ", other.job.id(), " since a link was made; name ",
+                        "another folder");
+  };
+  if (const JobRecord* other = WriterTo(real->string()); other != nullptr && other != &record) return taken(*other);
+  for (const auto& [sequence, other] : records_) {
+    if (other->job.user() != record.job.user() && FoldersOverlap(real->native(), other->job.output_dir())) {
+      return taken(*other);
+    }
+  }
+  return "";
 }
 
 absl::Status Dispatcher::Check(const v1::Job& job, const std::string& output_dir) {
+  if (const auto user = live_of_user_.find(job.user());
+      options_.max_jobs_per_user > 0 && user != live_of_user_.end() && user->second >= options_.max_jobs_per_user) {
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                          job.user().empty() ? "the user without a name" : absl::StrCat("user ", job.user()), " has ",
+                          user->second, " jobs that have not ended, and may have ", options_.max_jobs_per_user,
+                          "; wait for some, cancel some, or have --max-jobs-per-user raised on the coordinator")),
+                      "TOO_MANY_JOBS");
+  }
   std::vector<FieldViolation> violations;
-  if (const std::optional<std::string> other = OutputDirInUse(output_dir)) {
+  if (const JobRecord* other = WriterTo(output_dir)) {
+    const std::string& theirs = other->job.output_dir();
+    const std::string shares = theirs == output_dir ? "" : absl::StrCat(" shares files with '", theirs, "', which");
     violations.push_back({"output_dir", 0,
-                          absl::StrCat("'", output_dir, "' is being written by job ", *other,
+                          absl::StrCat("'", output_dir, "'", shares, " is being written by job ", other->job.id(),
                                        "; wait for it, cancel it, or name another folder")});
   }
   if (const std::string never = queue_.NeverStarts(ShapeOf(job), OwnerOf(job)); !never.empty()) {
@@ -364,7 +406,6 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   if (!output_dir.is_absolute()) {
     output_dir = options_.outputs_dir / absl::StrCat(FileNameOf(submission.job.name()), "-", *id);
   }
-  output_dir = output_dir.lexically_normal();
   config.output_dir = output_dir.string();
   if (absl::Status status = Check(stored.job, config.output_dir); !status.ok()) return done(std::move(status));
   v1::Job& job = stored.job;
@@ -634,9 +675,15 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   record.gang->launched = true;
   // Cancelled meanwhile, or an earlier coordinator has started it.
   if (job.state() != v1::JOB_STATE_LAUNCHING || found.phase != GangStatus::Phase::kLost) return OpenTo(record);
-  // A link may lead elsewhere by now. Another attempt would find the same. A gang that an earlier coordinator started
-  // was looked at then.
-  const std::vector<FieldViolation> violations = options_.roots.Check(record.config);
+  // A link may lead elsewhere by now, and a folder be closed. Another attempt would find the same. A gang that an
+  // earlier coordinator started was looked at then.
+  std::vector<FieldViolation> violations = options_.roots.Check(record.config);
+  std::string problem = violations.empty() ? ProblemOfTurnedFolder(record) : "";
+  // A folder of the coordinator's choice is no fault of the job's.
+  if (violations.empty() && problem.empty() && fs::path(job.output_dir()).parent_path() != options_.outputs_dir) {
+    problem = ProblemOfFolder(job.output_dir());
+  }
+  if (!problem.empty()) violations.push_back({"output_dir", 0, std::move(problem)});
   if (!violations.empty()) {
     record.gang->error = FormatViolations(violations, "job.yaml");
     return EndAttempt(record, {.exit_code = kBadJob}, "", EvenMillis(now), now);

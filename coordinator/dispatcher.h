@@ -51,11 +51,12 @@ class Dispatcher {
   struct Options {
     int slots_total = 1;                // of this machine, where `queue` names no nodes
     Scheduler::Options queue;           // how slots are shared out
-    std::filesystem::path outputs_dir;  // absolute; of jobs without an absolute output_dir
+    std::filesystem::path outputs_dir;  // absolute, without links; of jobs without an absolute output_dir
     AllowedRoots roots;                 // for the paths of jobs; looked at again before each attempt
     LivenessLimits liveness;
     std::chrono::milliseconds heartbeat_interval{2'000};  // that ranks are told
     RestartPolicy restart;
+    int max_jobs_per_user = 0;  // that have not ended; 0: no limit
     // From the command to stop to SIGTERM; a gang that is writing a checkpoint then has liveness.checkpoint.
     std::chrono::milliseconds stop_grace{120'000};
     std::chrono::milliseconds term_grace{15'000};  // from SIGTERM to SIGKILL
@@ -127,7 +128,11 @@ class Dispatcher {
   void Changed(JobRecord& record, bool for_watchers = true);
   JobRecord* FindRecord(const std::string& job_id);
   JobRecord& AddRecord(StoredJob stored);
-  std::optional<std::string> OutputDirInUse(const std::string& output_dir) const;
+  // The job that has not ended and writes to this folder, to one that it lies in, or to one in it; or null.
+  const JobRecord* WriterTo(const std::string& folder) const;
+  // Why an attempt may not write to its job's folder, which has become a link or lies behind one since the submit, or
+  // "".
+  std::string ProblemOfTurnedFolder(const JobRecord& record) const;
   void AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms);
   v1::NodeState StateOf(int node) const;
   bool IsUp(const std::string& node) const { return !down_.contains(node) && !drained_.contains(node); }
@@ -199,10 +204,11 @@ class Dispatcher {
 
   std::map<int64_t, std::unique_ptr<JobRecord>> records_;  // by sequence
   std::unordered_map<std::string, JobRecord*> by_id_, by_request_id_;
-  std::map<int64_t, JobRecord*> live_;                            // those that have not ended
-  std::unordered_map<std::string, JobRecord*> live_output_dirs_;  // and where they write
-  std::vector<JobRecord*> changed_;                               // since the last publication
-  std::vector<JobRecord*> heard_;                                 // whose ranks were, since the last tick
+  std::map<int64_t, JobRecord*> live_;                  // those that have not ended
+  std::map<std::string, JobRecord*> live_output_dirs_;  // and where they write
+  std::unordered_map<std::string, int> live_of_user_;   // and how many each user has
+  std::vector<JobRecord*> changed_;                     // since the last publication
+  std::vector<JobRecord*> heard_;                       // whose ranks were, since the last tick
   // (end_time, sequence) of ended jobs: those that are yet to be removed, and those that are yet to be thinned.
   std::set<std::pair<int64_t, int64_t>> to_remove_, to_thin_;
   std::vector<std::unique_ptr<JobRecord>> removed_;  // until the commit and who waits for it

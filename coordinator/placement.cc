@@ -200,8 +200,10 @@ PlacementDecision Scheduler::Decide(int64_t now_ms) {
   for (auto place = line_.begin(); place != line_.end();) {
     Waiting& waiting = *place++->waiting;
     const WaitingJob& job = waiting.job;
-    if (head_ != nullptr && (cluster_.slots_free() <= 0 || ++looked_at > kBackfillDepth)) break;
+    if (head_ != nullptr && cluster_.slots_free() <= 0) break;
     if (job.not_before_ms > now_ms || Exceeded(waiting) != nullptr || NodesAreDown(job.shape)) continue;
+    // Those that may not start are passed without being counted: many of them keep nobody waiting.
+    if (head_ != nullptr && ++looked_at > kBackfillDepth) break;
     if (head_ == nullptr) {
       if (std::optional<NodeShares> where = cluster_.Fit(job.shape)) {
         Start(waiting, *std::move(where), now_ms, &decision);

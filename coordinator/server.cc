@@ -65,7 +65,9 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
                   .label_quotas = options.label_quotas,
                   .preemption = options.preemption,
                   .starvation_ms = static_cast<int64_t>(options.starvation_minutes * 60'000)};
-  result.outputs_dir = fs::path(options.data_dir) / "outputs";
+  // Folders of jobs are compared by the names that they have without links.
+  const fs::path outputs_dir = fs::path(options.data_dir) / "outputs";
+  result.outputs_dir = WithoutLinks(outputs_dir).value_or(outputs_dir);
   result.roots = roots;
   result.liveness.attach = Milliseconds(options.attach_timeout_s);
   result.liveness.heartbeat = Milliseconds(options.heartbeat_timeout_s);
@@ -79,6 +81,7 @@ Dispatcher::Options DispatcherOptions(const ServerOptions& options, const Allowe
   result.restart.longest_pause = Milliseconds(options.restart_pause_max_s);
   result.restart.max_machine_faults = options.max_machine_faults;
   result.restart.exit_codes = options.exit_codes;
+  result.max_jobs_per_user = options.max_jobs_per_user;
   result.stop_grace = Milliseconds(options.stop_grace_s);
   result.keep_jobs = Milliseconds(options.history_days * kSecondsOfADay);
   result.keep_points = Milliseconds(options.metrics_full_days * kSecondsOfADay);

@@ -49,6 +49,8 @@ const Key kKeys[] = {
     {"tls_ca", &ServerOptions::tls_ca, "Authority by which the ranks know this coordinator; default: tls_cert"},
     {"allowed_roots", &ServerOptions::allowed_roots, "Folders below which the paths of jobs must lie"},
     {"calls_per_second", &ServerOptions::calls_per_second, "Calls that a user with a token may make; 0: no limit"},
+    {"max_jobs_per_user", &ServerOptions::max_jobs_per_user,
+     "Jobs that have not ended that a user may have; 0: no limit"},
     {"heartbeat_timeout_s", &ServerOptions::heartbeat_timeout_s, "Seconds of silence after which a rank is lost"},
     {"attach_timeout_s", &ServerOptions::attach_timeout_s, "Seconds that ranks have to report after their start"},
     {"prepare_timeout_s", &ServerOptions::prepare_timeout_s, "Seconds for downloads and the token cache of an attempt"},
@@ -295,6 +297,9 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
         absl::StrCat("--slots is ", options->slots, "; it must be 1 to ", kMaxSlots, ", or 0 for all cores"));
   }
   if (options->log_limit_mb < 0) return absl::InvalidArgumentError("--log-limit-mb must be 1 or more, or 0 for none");
+  if (options->max_jobs_per_user < 0) {
+    return absl::InvalidArgumentError("--max-jobs-per-user must be 1 or more, or 0 for no limit");
+  }
   if (options->max_machine_faults < 0) return absl::InvalidArgumentError("--max-machine-faults must be 0 or more");
   SIMPO_RETURN_IF_ERROR(CompleteNodes(options));
   for (const Key& key : kKeys) {

@@ -33,6 +33,7 @@ struct ServerOptions {
   std::string tls_ca;                      // by which ranks know this coordinator; empty: tls_cert
   std::vector<std::string> allowed_roots;  // for the paths of jobs, besides the outputs folder
   double calls_per_second = 100;           // of each user with a token; 0: no limit
+  int max_jobs_per_user = 20'000;          // that have not ended; 0: no limit
   double heartbeat_timeout_s = 30;         // of a rank
   double attach_timeout_s = 600;           // from mpirun's start to a rank's first word
   double prepare_timeout_s = 21600;        // for downloads and the token cache

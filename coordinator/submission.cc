@@ -1,15 +1,20 @@
 #include "coordinator/submission.h"
 
+#include <limits.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <optional>
+#include <string_view>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "common/host_name.h"
 #include "common/sha256.h"
+#include "common/text.h"
 #include "coordinator/placement.h"
 
 namespace simpo {
@@ -20,6 +25,8 @@ namespace fs = std::filesystem;
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxNameBytes = 128;
 constexpr size_t kMaxOverrides = 256;
+// Of an output folder: the longest path that a worker makes below one still fits.
+constexpr size_t kMaxOutputDirBytes = kMaxPathBytes - 256;
 
 bool IsPrintable(const std::string& text) {
   for (unsigned char c : text) {
@@ -51,15 +58,31 @@ void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolatio
 }
 
 // An input that names a local path must be allowed and there; hub names are left to the worker. Of what is not
-// allowed nothing is told, not even whether it exists.
+// allowed nothing is told, not even whether it exists. `globs`: it may be a pattern of such paths.
 void CheckInput(const char* field, const std::string& value, const AllowedRoots& roots,
-                std::vector<FieldViolation>* violations) {
+                std::vector<FieldViolation>* violations, bool globs = false) {
   if (std::string problem = roots.ProblemOfInput(value); !problem.empty()) {
     violations->push_back({field, 0, std::move(problem)});
     return;
   }
   if (value.empty() || value[0] != '/') return;
   if (access(value.c_str(), R_OK) == 0) return;
+  if (globs && errno == ENOENT && IsGlob(value)) {
+    const std::vector<std::string> matches = MatchesOfGlob(value);
+    if (matches.empty()) {
+      violations->push_back({field, 0,
+                             absl::StrCat("'", value, "' matches no file on ", HostName(),
+                                          "; patterns are looked up on the coordinator's machine")});
+    }
+    for (const std::string& match : matches) {
+      if (access(match.c_str(), R_OK) == 0) continue;
+      violations->push_back({field, 0,
+                             absl::StrCat("'", match, "', which '", value, "' matches, cannot be read on ", HostName(),
+                                          " (", std::strerror(errno), ")")});
+      return;
+    }
+    return;
+  }
   const char* problem = errno == ENOENT ? "does not exist" : "cannot be read";
   violations->push_back({field, 0,
                          absl::StrCat("'", value, "' ", problem, " on ", HostName(), " (", std::strerror(errno),
@@ -69,15 +92,39 @@ void CheckInput(const char* field, const std::string& value, const AllowedRoots&
 void CheckInputs(const JobConfig& config, const AllowedRoots& roots, std::vector<FieldViolation>* violations) {
   CheckInput("model_name_or_path", config.model_name_or_path, roots, violations);
   CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, roots, violations);
-  for (const auto& [path, fraction] : config.dataset_mixer) CheckInput("dataset_mixer", path, roots, violations);
+  for (const auto& [path, fraction] : config.dataset_mixer) {
+    CheckInput("dataset_mixer", path, roots, violations, /*globs=*/true);
+  }
   for (const auto& [path, fraction] : config.eval_dataset_mixer) {
-    CheckInput("eval_dataset_mixer", path, roots, violations);
+    CheckInput("eval_dataset_mixer", path, roots, violations, /*globs=*/true);
   }
   CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, roots, violations);
   // A text that is no file is the template itself.
   if (std::string problem = roots.ProblemOfInput(config.chat_template); !problem.empty()) {
     violations->push_back({"chat_template", 0, std::move(problem)});
   }
+}
+
+// A folder has one name from here on: the roots, other users' jobs and those that run are compared by it. Of what is
+// not allowed nothing is told.
+void ResolveOutputDir(const AllowedRoots& roots, JobConfig* config, std::vector<FieldViolation>* violations) {
+  if (!fs::path(config->output_dir).is_absolute()) return;  // it gets a folder of the coordinator's choice
+  if (std::string problem = roots.ProblemOfOutput(config->output_dir); !problem.empty()) {
+    violations->push_back({"output_dir", 0, std::move(problem)});
+    return;
+  }
+  if (std::string problem = ProblemOfFolder(config->output_dir); !problem.empty()) {
+    violations->push_back({"output_dir", 0, std::move(problem)});
+    return;
+  }
+  const std::optional<fs::path> resolved = WithoutLinks(config->output_dir);
+  if (!resolved) {
+    violations->push_back({"output_dir", 0,
+                           absl::StrCat("it cannot be told where '", config->output_dir, "' on ", HostName(),
+                                        " leads to; name a folder without symbolic links")});
+    return;
+  }
+  config->output_dir = resolved->string();
 }
 
 void CheckSlots(Submission* submission, int slots_total) {
@@ -127,6 +174,7 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
   if (config.name.empty()) config.name = "job";
   CheckName("name", config.name, &submission.violations);
   CheckInputs(config, roots, &submission.violations);
+  ResolveOutputDir(roots, &config, &submission.violations);
   CheckSlots(&submission, slots_total);
 
   v1::Job& job = submission.job;
@@ -138,21 +186,54 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
   return submission;
 }
 
+std::string ProblemOfFolder(const std::string& folder) {
+  const auto problem = [&](const fs::path& place, const std::string& what) {
+    return absl::StrCat("'", place.string(), "' on ", HostName(), " ", what);
+  };
+  const fs::path path = folder;
+  if (folder.size() > kMaxOutputDirBytes) {
+    return absl::StrCat("it has ", folder.size(), " bytes; an output folder's path has at most ", kMaxOutputDirBytes);
+  }
+  for (const fs::path& part : path) {
+    if (part.native().size() > NAME_MAX) {
+      return absl::StrCat("'", OneLine(part.native(), 80), "' has ", part.native().size(),
+                          " bytes; the name of a folder has at most ", NAME_MAX, " bytes");
+    }
+  }
+  // What there is of the path: folders are made in it.
+  fs::path there = path;
+  std::error_code error;
+  while (access(there.c_str(), F_OK) != 0 && (errno == ENOENT || errno == ENOTDIR) && there.has_relative_path()) {
+    if (fs::is_symlink(fs::symlink_status(there, error))) {
+      return problem(there, "is a link that leads nowhere; make what it leads to, or name another folder");
+    }
+    there = there.parent_path();
+  }
+  const fs::file_status status = fs::status(there, error);
+  if (fs::exists(status) && !fs::is_directory(status)) return problem(there, "is not a folder; name another one");
+  if (access(there.c_str(), W_OK | X_OK) == 0) return "";
+  if (errno != EACCES && errno != EROFS && errno != ELOOP) return "";  // it may be better the next time
+  return problem(there, absl::StrCat("cannot be written to (", std::strerror(errno),
+                                     "); let the coordinator's account write there, or name another folder"));
+}
+
 std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir) {
+  if (std::string problem = ProblemOfFolder(output_dir); !problem.empty()) {
+    return {{"output_dir", 0, std::move(problem)}};
+  }
   std::error_code error;
   if (!fs::exists(output_dir, error)) return {};
-  if (!fs::is_directory(output_dir, error)) {
-    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", HostName(), " is not a folder")}};
-  }
-  if (access(output_dir.c_str(), W_OK) != 0) {
-    return {{"output_dir", 0, absl::StrCat("'", output_dir, "' on ", HostName(), " cannot be written to")}};
-  }
   const bool wanted = config.overwrite_output_dir || config.resume_from_checkpoint == "true";
   if (wanted || fs::is_empty(output_dir, error)) return {};
   return {{"output_dir", 0,
            absl::StrCat("'", output_dir, "' on ", HostName(),
                         " is not empty. To go on from its last checkpoint set resume_from_checkpoint: true; to "
                         "start again set overwrite_output_dir: true; or name another folder")}};
+}
+
+bool FoldersOverlap(std::string_view a, std::string_view b) {
+  if (a.size() > b.size()) std::swap(a, b);
+  return b.starts_with(a) && (a.size() == b.size() || a.ends_with('/') || b[a.size()] == '/');
 }
 
 std::string FileNameOf(const std::string& job_name) {

@@ -2,6 +2,7 @@
 #define SIMPO_COORDINATOR_SUBMISSION_H_
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/job_config.h"
@@ -21,17 +22,24 @@ struct Submission {
 };
 
 // Parses and checks a request: the fields of the request itself, the job file, that the job fits in
-// `slots_total`, and that its local inputs lie below `roots` and can be read on this host. Looks at the
-// file system, stores nothing. Thread-safe.
+// `slots_total`, that its local inputs lie below `roots` and can be read on this host, and that its output folder lies
+// there and can be made; the config then names it without links and dots. Looks at the file system, stores nothing.
+// Thread-safe.
 Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
                            const AllowedRoots& roots = AllowedRoots());
 
 // Identifies what is asked for, without request_id and validate_only.
 std::string RequestDigest(const v1::SubmitJobRequest& request);
 
-// Why a job may not write to this absolute folder, or nothing: it holds something that is neither to
-// be gone on with nor to be overwritten.
+// Why this absolute folder can neither be written to nor be made, or "" when it can or that cannot be told now.
+std::string ProblemOfFolder(const std::string& folder);
+
+// Why a job may not write to this absolute folder, or nothing: it cannot, or the folder holds something that is neither
+// to be gone on with nor to be overwritten.
 std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir);
+
+// Whether one folder is, or lies in, the other. Both as in a checked submission: without links and dots.
+bool FoldersOverlap(std::string_view a, std::string_view b);
 
 // A job's name as a part of a file name.
 std::string FileNameOf(const std::string& job_name);

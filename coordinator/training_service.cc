@@ -142,12 +142,6 @@ absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& reques
   return absl::OkStatus();
 }
 
-// Whether one folder is, or lies in, the other.
-bool Overlap(const std::filesystem::path& a, const std::filesystem::path& b) {
-  const auto [in_a, in_b] = std::mismatch(a.begin(), a.end(), b.begin(), b.end());
-  return in_a == a.end() || in_b == b.end();
-}
-
 bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
   const auto& states = request.states();
   if (!states.empty() && std::find(states.begin(), states.end(), job.state()) == states.end()) return false;
@@ -160,21 +154,20 @@ bool Matches(const v1::ListJobsRequest& request, const v1::Job& job) {
 
 }  // namespace
 
-// Only what the other machine's eyes can check; the rest of the folder is the server's to choose.
-std::vector<FieldViolation> TrainingService::CheckGivenOutputDir(const JobConfig& config, const Caller& caller) const {
-  const std::filesystem::path folder = config.output_dir;
-  if (!folder.is_absolute()) return {};
-  // Of what is not allowed nothing is told.
-  if (std::string problem = parts_.roots.ProblemOfOutput(folder.string()); !problem.empty()) {
-    return {{"output_dir", 0, std::move(problem)}};
-  }
+std::vector<FieldViolation> TrainingService::CheckGivenOutputDir(const Submission& submission,
+                                                                 const Caller& caller) const {
+  const std::string& folder = submission.config.output_dir;
+  // What is relative is the coordinator's to choose. Of what is not allowed nothing is told.
+  const bool refused = std::any_of(submission.violations.begin(), submission.violations.end(),
+                                   [](const FieldViolation& violation) { return violation.field == "output_dir"; });
+  if (refused || !std::filesystem::path(folder).is_absolute()) return {};
   for (const JobViews::View& view : parts_.views.All()) {
-    if (Guard::CheckMayChange(caller, view->job).ok() || !Overlap(folder, view->job.output_dir())) continue;
+    if (!FoldersOverlap(folder, view->job.output_dir()) || Guard::CheckMayChange(caller, view->job).ok()) continue;
     return {{"output_dir", 0,
-             absl::StrCat("'", config.output_dir, "' belongs to job ", view->job.id(), " of ", view->job.user(),
+             absl::StrCat("'", folder, "' belongs to job ", view->job.id(), " of ", view->job.user(),
                           "; name another folder")}};
   }
-  return CheckOutputDir(config, config.output_dir);
+  return CheckOutputDir(submission.config, folder);
 }
 
 int SlotsTaken(const JobViews& views) {
@@ -206,7 +199,7 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   }
   Submission submission = CheckSubmission(*request, parts_.facts.slots_total, parts_.roots);
   std::vector<FieldViolation>& violations = submission.violations;
-  const std::vector<FieldViolation> of_output = CheckGivenOutputDir(submission.config, call.caller());
+  const std::vector<FieldViolation> of_output = CheckGivenOutputDir(submission, call.caller());
   violations.insert(violations.end(), of_output.begin(), of_output.end());
   if (!violations.empty()) {
     return call.Finish(BadRequestError(violations, request->file_name().empty() ? "job.yaml" : request->file_name()));
@@ -216,8 +209,8 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
     *response->mutable_job() = submission.job;
     response->mutable_job()->set_config_yaml(JobConfigToYaml(submission.config));
     response->mutable_notes()->Add(submission.notes.begin(), submission.notes.end());
-    const std::filesystem::path output_dir = submission.config.output_dir;
-    parts_.controller.Check(submission.job, output_dir.is_absolute() ? output_dir.lexically_normal().string() : "",
+    const std::string& output_dir = submission.config.output_dir;
+    parts_.controller.Check(submission.job, std::filesystem::path(output_dir).is_absolute() ? output_dir : "",
                             [call](const absl::Status& status) {
                               if (call.Claim()) call.Finish(status);
                             });

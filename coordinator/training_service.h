@@ -83,7 +83,8 @@ class TrainingService final : public v1::TrainingService::CallbackService {
   template <typename Request, typename Response, typename Change>
   grpc::ServerUnaryReactor* ChangeJob(grpc::CallbackServerContext* context, const char* method, const Request* request,
                                       Response* response, Change change);
-  std::vector<FieldViolation> CheckGivenOutputDir(const JobConfig& config, const Caller& caller) const;
+  // Whether the folder is another user's, or holds what is not to be overwritten.
+  std::vector<FieldViolation> CheckGivenOutputDir(const Submission& submission, const Caller& caller) const;
   absl::Status GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response);
   absl::Status ListJobsNow(const v1::ListJobsRequest& request, v1::ListJobsResponse* response);
   absl::Status ListMetricsNow(const v1::ListMetricsRequest& request, v1::ListMetricsResponse* response);

@@ -260,6 +260,22 @@ TEST(JobConfigYaml, EveryMistakeIsToldAtOnce) {
                           "17: labels: must be a map of word to word", "18: seed: must be one integer"));
 }
 
+TEST(JobConfigYaml, LabelsAreFewAndShort) {
+  const auto labels = [](int count, size_t key, size_t value) {
+    std::string text = "labels:\n";
+    for (int i = 0; i < count; ++i) {
+      std::string name = absl::StrCat(i);
+      name.resize(key, 'k');
+      absl::StrAppend(&text, "  '", name, "': '", std::string(value, 'v'), "'\n");
+    }
+    return Problems(ParseWith(text));
+  };
+  EXPECT_THAT(labels(64, 128, 256), IsEmpty());
+  EXPECT_THAT(labels(65, 8, 8), ElementsAre("3: labels: has 65 labels; at most 64 are taken"));
+  EXPECT_THAT(labels(1, 129, 1), ElementsAre("4: labels: a label's name has at most 128 bytes, not 129"));
+  EXPECT_THAT(labels(2, 1, 257), Contains(HasSubstr("4: labels: the value of '0' has at most 256 bytes, not 257")));
+}
+
 TEST(JobConfigYaml, OneStatusListsThemWithFileAndLine) {
   const absl::StatusOr<ParsedJob> job =
       ParseJobYamlOrStatus("beta: x\nnonsense_key_of_ours: 1\n", {.file_name = "dir/a.yaml", .base_dir = kBaseDir});

@@ -81,6 +81,31 @@ TEST_F(AllowedRootsTest, Globs) {
   EXPECT_FALSE(Reads("allowed/*/../../outside/secret.jsonl"));
 }
 
+// Patterns that are looked up elsewhere than they are checked, or whose refusal would tell what there is.
+TEST_F(AllowedRootsTest, GlobsDoNotClimb) {
+  WriteText(dir_ / "outside/{.jsonl", "{}\n");
+  const auto problem = [&](const std::string& data) {
+    v1::SubmitJobRequest request = SubmitRequest(
+        absl::StrCat("model_name_or_path: org/model\ndataset_mixer: '", data, "'\nglobal_batch_size: 8\n"));
+    request.set_base_dir(dir_ / "allowed/data");
+    std::string text;
+    for (const auto& violation : CheckSubmission(request, 64, roots_).violations) text += violation.description + "\n";
+    return text;
+  };
+  EXPECT_EQ(problem("*.jsonl"), "");
+  EXPECT_THAT(problem("../../outside/[{{s]*.jsonl"), HasSubstr("allowed_roots")) << "is no template";
+  EXPECT_THAT(problem("../../outside/" + std::string(5'000, '*') + ".jsonl"), HasSubstr("4096 bytes"));
+  const std::string outside = (dir_ / "allowed/.*/outside/").string(),
+                    escaped = (dir_ / "allowed/\\../outside/").string();
+  for (const std::string& folder : {outside, escaped}) {
+    const std::string there = roots_.ProblemOfInput(folder + "sec*.jsonl"),
+                      not_there = roots_.ProblemOfInput(folder + "none*");
+    EXPECT_NE(there, "") << folder;
+    EXPECT_NE(not_there, "") << folder;
+    EXPECT_THAT(there, Not(HasSubstr("secret"))) << folder;
+  }
+}
+
 TEST_F(AllowedRootsTest, RestrictedOnlyWhenAsked) {
   bool restricted = false;
   const AllowedRoots roots(dir_ / "outputs", {}, [&] { return restricted; });

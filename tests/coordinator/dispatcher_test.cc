@@ -1021,11 +1021,63 @@ TEST_F(DispatcherTest, OnlyRankZeroReports) {
 }
 
 TEST_F(DispatcherTest, TwoLiveJobsDoNotShareAnOutputFolder) {
-  const std::string yaml = JobYaml(1, absl::StrCat("output_dir: ", (dir_ / "out").string(), "\n"));
-  const std::string id = Start(yaml);
-  const auto second = Submit(yaml);
-  EXPECT_EQ(second.status().code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(second.status().message()), HasSubstr(id));
+  std::filesystem::create_directories(dir_ / "a/out");
+  std::filesystem::create_symlink(dir_ / "a/out", dir_ / "link");
+  const auto yaml = [&](const char* folder) {
+    return JobYaml(1, absl::StrCat("output_dir: ", dir_.path().string(), "/", folder, "\n"));
+  };
+  const std::string id = Start(yaml("a/out"));
+  const auto folders = {"a/out", "a/out/", "a//./out/.", "a/x/../out", "link", "link/sub", "a/out/sub/deep", "a"};
+  for (const char* folder : folders) {
+    const auto second = Submit(yaml(folder));
+    EXPECT_EQ(second.status().code(), absl::StatusCode::kInvalidArgument) << folder;
+    EXPECT_THAT(std::string(second.status().message()), HasSubstr(id)) << folder;
+  }
+  for (const char* folder : {"a/out-2", "a/ou", "a/out!"}) EXPECT_TRUE(Submit(yaml(folder)).ok()) << folder;
+  Cancel(id);
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_TRUE(Submit(yaml("link/sub")).ok()) << "nobody writes there any more";
+}
+
+TEST_F(DispatcherTest, AUserMayHaveSoManyJobs) {
+  options_.max_jobs_per_user = 3;
+  StartCoordinator();
+  const std::string id = Start(JobYaml(4));
+  for (int i = 0; i < 2; ++i) ASSERT_OK(Submit(JobYaml(), absl::StrCat("id-", i)).status());
+  const auto refused = [&] {
+    const absl::Status status = Submit(JobYaml()).status();
+    EXPECT_THAT(std::string(status.message()), HasSubstr("user alice has 3 jobs")) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("--max-jobs-per-user"));
+    return status.code() == absl::StatusCode::kResourceExhausted;
+  };
+  EXPECT_TRUE(refused());
+  EXPECT_TRUE(Submit(JobYaml(), "id-0")->already_existed()) << "is no new job";
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml());
+  request.set_user("bob");
+  bool bob = false;
+  dispatcher_->Submit(CheckSubmission(request, 4), "", now_, [&](const auto& answer) { bob = answer.ok(); });
+  Flush();
+  EXPECT_TRUE(bob);
+  StartCoordinator();
+  EXPECT_TRUE(refused()) << "a new coordinator counts the same";
+  Cancel(id);
+  launcher_.End(id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_TRUE(Submit(JobYaml()).ok());
+  EXPECT_TRUE(refused());
+}
+
+TEST_F(DispatcherTest, AFolderThatCannotBeMadeIsNoFaultOfTheMachine) {
+  Start(JobYaml(4));
+  const std::string id = Start(JobYaml(4, absl::StrCat("output_dir: ", (dir_ / "later/out").string(), "\n")));
+  WriteText(dir_ / "later", "a file");
+  Cancel(Job(launcher_.started()[0].job_id).id());
+  launcher_.End(launcher_.started()[0].job_id, 1, 143);
+  Pass(milliseconds(200));
+  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_THAT(Job(id).reason(), HasSubstr("is not a folder"));
+  EXPECT_EQ(launcher_.started().size(), 1u);
 }
 
 TEST_F(DispatcherTest, PointsThatWaitForTheirDiskHoldUpNoState) {

@@ -68,6 +68,25 @@ class PlacementTest : public ::testing::Test {
   std::map<char, int64_t> sequences_;
 };
 
+TEST_F(PlacementTest, ManyThatMayNotStartAreNoReasonNotToLookFurther) {
+  options_.user_quotas = {{"over", 1}};
+  Nodes({4});
+  Wait('r', 1, /*priority=*/9, /*limit_s=*/100, {.user = "over"});
+  EXPECT_EQ(Decide(), "r");
+  Wait('h', 4, /*priority=*/9);
+  for (int i = 0; i < 1'500; ++i) Wait('q', 1, /*priority=*/5, /*limit_s=*/1, {.user = "over"});
+  for (int i = 0; i < 1'500; ++i) {
+    scheduler_->Wait({.sequence = ++sequence_,
+                      .priority = 5,
+                      .shape = {1, 1},
+                      .time_left_ms = 1'000,
+                      .waiting_since_ms = now_s_ * 1000,
+                      .not_before_ms = (now_s_ + 60) * 1000});
+  }
+  Wait('s', 1, /*priority=*/0, /*limit_s=*/10);
+  EXPECT_EQ(Decide(), "s");
+}
+
 TEST_F(PlacementTest, PriorityThenAge) {
   Nodes({8});
   Wait('o', 2);

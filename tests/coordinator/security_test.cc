@@ -444,40 +444,49 @@ TEST_F(SecurityTest, AnAttemptsSecretIsOnNoCommandLineAndInNoLog) {
   EXPECT_EQ(line["outcome"], "OK");
 }
 
-// A link that is turned after the job was submitted.
+// Folders that become links after their jobs were submitted.
 TEST_F(SecurityTest, AnOutputFolderIsLookedAtAgainBeforeEachAttempt) {
   fs::create_directories(dir_ / "allowed/real");
+  fs::create_directories(dir_ / "allowed/of-bob/out");
   fs::create_directories(dir_ / "outside");
   fs::create_symlink(dir_ / "allowed/real", dir_ / "allowed/link");
   ServerOptions options = Options();
   options.allowed_roots = {dir_ / "allowed"};
-  // The first job holds the slots until the link has been turned.
+  // The first job holds the slots until the links have been turned.
   Script("worker", "while [ ! -e " + (dir_ / "go").string() + " ]; do sleep 0.05; done; exit 3");
   options.worker = dir_ / "worker";
   const auto server = Start(options);
   const auto stub = v1::TrainingService::NewStub(Channel(server->grpc_address(), nullptr));
-  const auto submit = [&](const std::string& yaml) {
+  const auto submit = [&](const char* user, const char* folder) {
     grpc::ClientContext context;
     v1::SubmitJobResponse response;
-    const grpc::Status status = stub->SubmitJob(&context, SubmitRequest(yaml), &response);
+    v1::SubmitJobRequest request =
+        SubmitRequest(JobYaml(2, absl::StrCat("output_dir: ", (dir_ / folder).string(), "\n")));
+    request.set_user(user);
+    const grpc::Status status = stub->SubmitJob(&context, request, &response);
     EXPECT_TRUE(status.ok()) << status.error_message();
     return response.job().id();
   };
-  submit(JobYaml(2));
-  const std::string id = submit(JobYaml(2, absl::StrCat("output_dir: ", (dir_ / "allowed/link/out").string(), "\n")));
-  fs::remove(dir_ / "allowed/link");
-  fs::create_symlink(dir_ / "outside", dir_ / "allowed/link");
+  submit("bob", "allowed/of-bob/out");
+  const std::string leaves = submit("alice", "allowed/link/out");
+  const std::string intrudes = submit("alice", "allowed/mine");
+  fs::remove(dir_ / "allowed/real");
+  fs::create_symlink(dir_ / "outside", dir_ / "allowed/real");
+  fs::create_symlink(dir_ / "allowed/of-bob", dir_ / "allowed/mine");
   WriteText(dir_ / "go", "");
-  v1::GetJobResponse got;
-  ASSERT_TRUE(Eventually([&] {
-    grpc::ClientContext context;
-    v1::GetJobRequest request;
-    request.set_job_id(id);
-    EXPECT_TRUE(stub->GetJob(&context, request, &got).ok());
-    return got.job().state() == v1::JOB_STATE_FAILED;
-  }));
-  EXPECT_THAT(got.job().reason(), HasSubstr("allowed_roots"));
-  EXPECT_EQ(got.job().restarts(), 0);
+  for (const auto& [id, reason] :
+       {std::pair(leaves, "allowed_roots"), std::pair(intrudes, "leads to a folder of job")}) {
+    v1::GetJobResponse got;
+    ASSERT_TRUE(Eventually([&] {
+      grpc::ClientContext context;
+      v1::GetJobRequest request;
+      request.set_job_id(id);
+      EXPECT_TRUE(stub->GetJob(&context, request, &got).ok());
+      return got.job().state() == v1::JOB_STATE_FAILED;
+    }));
+    EXPECT_THAT(got.job().reason(), HasSubstr(reason));
+    EXPECT_EQ(got.job().restarts(), 0);
+  }
   EXPECT_TRUE(fs::is_empty(dir_ / "outside"));
 }
 

@@ -743,7 +743,12 @@ TEST_F(ServicesWithTokensTest, AnotherUsersFolderIsNotWrittenTo) {
   ASSERT_TRUE(SubmitAs("sam", request(folder), &response).ok());
   launcher_.End(response.job().id(), 1, 2);
   ASSERT_TRUE(Reaches(response.job().id(), "FAILED"));
-  for (const std::string& output : {folder, folder + "/final", folder + "/../of-sam"}) {
+  std::filesystem::create_directories(folder);
+  std::filesystem::create_symlink(folder, dir_ / "outputs/link");
+  const std::string outputs = dir_ / "outputs";
+  for (const std::string& output :
+       {folder, folder + "/final", folder + "/", folder + "/../of-sam", outputs + "/./of-sam",
+        outputs + "/nothing/../of-sam/", outputs + "/link", outputs + "/link/final"}) {
     const grpc::Status status = SubmitAs("sue", request(output), &response);
     EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << output;
     EXPECT_THAT(status.error_message(), HasSubstr("belongs to job")) << output;

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include "testing.h"
 
@@ -68,6 +69,58 @@ TEST(SubmissionTest, AnOutputFolderIsNotWrittenOver) {
   EXPECT_THAT(CheckOutputDir(config, dir.path()), IsEmpty());
   config = {.resume_from_checkpoint = "true"};
   EXPECT_THAT(CheckOutputDir(config, dir.path()), IsEmpty());
+}
+
+TEST(SubmissionTest, AnOutputFolderMustBePossible) {
+  TempDir dir;
+  const auto problem = [](const std::filesystem::path& folder) { return AllText(CheckOutputDir({}, folder)); };
+  EXPECT_EQ(problem(dir / "many/new/folders"), "");
+  WriteText(dir / "file", "");
+  EXPECT_THAT(problem(dir / "file/below/it"), HasSubstr((dir / "file").string() + "' on "));
+  EXPECT_THAT(problem(dir / "file/below/it"), HasSubstr("is not a folder"));
+  EXPECT_EQ(problem(dir / std::string(255, 'a') / "x"), "");
+  EXPECT_THAT(problem(dir / std::string(256, 'a') / "x"), HasSubstr("255 bytes"));
+  std::string deep = dir.path();
+  while (deep.size() < 4000) deep += "/" + std::string(100, 'd');
+  EXPECT_THAT(problem(deep), HasSubstr("bytes"));
+  if (geteuid() == 0) return;  // may write everywhere
+  std::filesystem::create_directories(dir / "closed");
+  std::filesystem::permissions(dir / "closed", std::filesystem::perms::owner_read);
+  EXPECT_THAT(problem(dir / "closed/new"), HasSubstr("cannot be written to"));
+  EXPECT_THAT(problem(dir / "closed/new/er"), HasSubstr("cannot be written to"));
+}
+
+TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
+  TempDir dir;
+  std::filesystem::create_directories(dir / "real");
+  std::filesystem::create_symlink(dir / "real", dir / "link");
+  std::filesystem::create_symlink(dir / "nowhere", dir / "dangling");
+  const auto check = [&](const std::string& folder) {
+    return CheckSubmission(SubmitRequest(JobYaml(1, absl::StrCat("output_dir: ", folder, "\n"))), 4);
+  };
+  for (const char* folder : {"real/out", "real/out/", "link/out", "real/./x/../out", "link/../real/out"}) {
+    EXPECT_EQ(check(dir / folder).config.output_dir, dir / "real/out") << folder;
+  }
+  EXPECT_EQ(check("beside").config.output_dir, "beside") << "is chosen by the coordinator";
+  EXPECT_THAT(AllText(check(dir / "dangling/out").violations), HasSubstr("output_dir"));
+}
+
+TEST(SubmissionTest, GlobsMustMatchSomething) {
+  TempDir dir;
+  WriteText(dir / "rows/part-1.jsonl", "{}\n");
+  const auto problem = [&](const std::string& data, const std::string& more = "") {
+    v1::SubmitJobRequest request = SubmitRequest(absl::StrCat("model_name_or_path: org/model\ndataset_mixer: {'", data,
+                                                              "': 1.0}\nglobal_batch_size: 8\n", more));
+    request.set_base_dir(dir.path());
+    return AllText(CheckSubmission(request, 64).violations);
+  };
+  for (const std::string& data : {std::string("rows/part-*.jsonl"), std::string("rows/*"),
+                                  std::string("r*s/part-?.jsonl"), std::string(dir / "rows/part-[0-9].jsonl")}) {
+    EXPECT_EQ(problem(data), "") << data;
+  }
+  EXPECT_EQ(problem("org/data", "eval_dataset_mixer: {'rows/part-*.jsonl': 1.0}\n"), "");
+  for (const char* data : {"rows/part-*.parquet", "none/*"}) EXPECT_THAT(problem(data), HasSubstr("matches no file"));
+  EXPECT_THAT(problem("rows/*", "resume_from_checkpoint: ./rows/part-*\n"), HasSubstr("does not exist"));
 }
 
 TEST(SubmissionTest, NamesBecomeFileNames) {

@@ -97,7 +97,7 @@ def test_from_submission_to_the_final_model(workspace, coordinators):
 def test_follow_shows_the_progress_and_the_end(workspace, coordinators):
     coordinator = coordinators.start()
     workspace.make(rows=40)
-    job = workspace.job(num_train_epochs=2)
+    job = workspace.job(num_train_epochs=2, dataset_mixer={"./tr*n.jsonl": 1.0})
     followed = coordinator.ctl("submit", job, "--follow").expect(SUCCEEDED)
     assert "\x1b" not in followed.stderr and "\r" not in followed.stderr, "control codes although it is no terminal"
     assert "SUCCEEDED" in followed.stdout + followed.stderr

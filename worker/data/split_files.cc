@@ -9,6 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "common/host_name.h"
 #include "common/status_macros.h"
+#include "common/text.h"
 #include "worker/data/row_files.h"
 
 namespace simpo {
@@ -76,8 +77,6 @@ absl::StatusOr<Paths> FilesOfFolder(const fs::path& source, const SplitQuery& qu
                                                  " in several configurations (", absl::StrJoin(configs, ", "),
                                                  "); choose one with dataset_configs"));
 }
-
-bool IsGlob(const std::string& text) { return text.find_first_of("*?[") != std::string::npos; }
 
 // Files of a glob that carry names of splits are chosen by them; others all belong to the query that
 // takes unnamed files.
