@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
@@ -162,15 +165,22 @@ bool SecretsEqual(std::string_view a, std::string_view b) {
 }
 
 void TokenStore::Refresh() {
+  const std::filesystem::path mark = file_.string() + ".required";
   struct stat now = {};
   if (stat(file_.c_str(), &now) != 0) {
+    const bool is_gone = errno == ENOENT;
+    struct stat of_mark = {};
+    required_ = required_ || !is_gone || stat(mark.c_str(), &of_mark) == 0 || errno != ENOENT;
     seen_ = {};
     tokens_.clear();
-    status_ = required_ ? absl::UnavailableError(absl::StrCat("the token file ", file_.string(), " has gone"))
-                        : absl::OkStatus();
+    status_ = !required_ ? absl::OkStatus()
+                         : absl::UnavailableError(absl::StrCat(
+                               "the token file ", file_.string(), is_gone ? " has gone" : " cannot be looked at",
+                               "; restore it from a backup, or make a token: simpo-coordinator token add"));
     return;
   }
-  required_ = true;
+  // The next coordinator asks for tokens too, should the file be lost.
+  if (!std::exchange(required_, true)) std::ofstream(mark).close();
   if (SameFile(now, seen_)) return;
   absl::StatusOr<std::vector<Token>> tokens = ReadTokens(file_);
   // Only contents can be relied on until the file changes. What else stands in the way, such as too many open files,

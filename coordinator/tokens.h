@@ -55,7 +55,7 @@ absl::Status RevokeToken(const std::filesystem::path& file, const std::string& i
 bool SecretsEqual(std::string_view a, std::string_view b);
 
 // The tokens that count now: the file is read again whenever it has changed. Once there were tokens, they are asked
-// for until the process ends, also when the file has gone or cannot be read. Thread-safe.
+// for, also when the file has gone or cannot be read; FILE.required says so to later processes. Thread-safe.
 class TokenStore {
  public:
   explicit TokenStore(std::filesystem::path file) : file_(std::move(file)) {}

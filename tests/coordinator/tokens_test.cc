@@ -9,6 +9,7 @@
 namespace simpo {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -96,6 +97,20 @@ TEST_F(TokensTest, TheDoorStaysShutWhenTheFileCannotBeUsed) {
   std::filesystem::remove(file_);
   EXPECT_TRUE(store.Required());
   EXPECT_EQ(store.Find(made.text, kNow).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TokensTest, AFileThatIsLostBetweenTwoCoordinatorsShutsTheDoorToo) {
+  EXPECT_FALSE(TokenStore(file_).Required());
+  const NewToken first = Add(Role::kAdmin, "ada");
+  EXPECT_TRUE(TokenStore(file_).Required());
+  std::filesystem::remove(file_);
+  TokenStore next(file_);
+  EXPECT_TRUE(next.Required());
+  const absl::Status status = next.Find(first.text, kNow).status();
+  EXPECT_TRUE(absl::IsUnavailable(status));
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr(file_.string()), HasSubstr("token add")));
+  const NewToken second = Add(Role::kAdmin, "ada");
+  EXPECT_TRUE(next.Find(second.text, kNow).ok());
 }
 
 TEST_F(TokensTest, AnErrorThatPassesLocksNobodyOutForGood) {
