@@ -19,6 +19,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "common/log.h"
@@ -46,6 +47,28 @@ sigset_t EndSignals() {
   return set;
 }
 
+std::atomic<bool> failed = false;
+
+// Ends this process in order; `what` also says what goes on and what to do.
+void StopFailed(const std::string& what) {
+  if (failed.exchange(true)) return;
+  LOG_ERROR(what);
+  kill(getpid(), SIGTERM);
+}
+
+// gRPC's own log would repeat what our messages say, but for this: after an error of accept it takes no connection any
+// more. Ranks would be cut off one by one, and ended as silent.
+void TakeGrpcLog(gpr_log_func_args* args) {
+  if (std::getenv("GRPC_VERBOSITY") != nullptr) {
+    std::fprintf(stderr, "%s:%d: %s\n", args->file, args->line, args->message);
+  }
+  if (!absl::StartsWith(args->message, "Failed accept")) return;
+  StopFailed(
+      absl::StrCat("cannot take connections any more and stops; running gangs go on, start the coordinator again, "
+                   "with more open files if they have run out (LimitNOFILE= of the systemd unit): ",
+                   args->message));
+}
+
 // Every rank and every client is an open file. The usual soft limit of 1,024 is for programs that use select().
 void RaiseFileLimit() {
   constexpr rlim_t kMost = 1 << 20, kFew = 8192;
@@ -68,15 +91,12 @@ int Serve(const ServerOptions& options) {
   // Before any thread exists, so that all inherit it and only sigwait below takes them.
   const sigset_t signals = EndSignals();
   sigprocmask(SIG_BLOCK, &signals, nullptr);
-  std::atomic<bool> failed = false;
   absl::StatusOr<std::unique_ptr<Server>> server =
-      Server::Start(options, SIMPO_VERSION, [&failed](const absl::Status& status) {
-        LOG_ERROR(
+      Server::Start(options, SIMPO_VERSION, [](const absl::Status& status) {
+        StopFailed(
             absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
                          "again when this is mended: ",
                          std::string(status.message())));
-        failed = true;
-        kill(getpid(), SIGTERM);
       });
   if (!server.ok()) return Fail(server.status());
   std::printf("simpo-coordinator %s ready: grpc %s, http %s, data %s, %d slots\n", SIMPO_VERSION,
@@ -119,8 +139,7 @@ int Main(int argc, char** argv) {
   }
   // A check of the library's own locks that costs some percent of every call.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
-  // gRPC's own log would repeat what our messages say.
-  if (std::getenv("GRPC_VERBOSITY") == nullptr) gpr_set_log_function([](gpr_log_func_args*) {});
+  gpr_set_log_function(TakeGrpcLog);
   if (!config.empty()) {
     if (absl::Status status = ReadServerConfig(app, config, &options); !status.ok()) return Fail(status);
   }

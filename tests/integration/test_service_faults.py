@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 
 import pytest
@@ -225,6 +226,27 @@ def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, ass
     assert_undisturbed(successor, workspace, job_id, "job")
     assert {point["attempt"] for point in successor.metrics(job_id)} == {1}
     assert_nothing_runs(successor)
+
+
+def test_a_coordinator_that_can_open_no_files_starts_nothing_twice(workspace, coordinators, assert_undisturbed):
+    coordinator = coordinators.start()
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job"))
+    coordinator.wait_step(job_id, 3)
+    coordinator.kill()
+    successor = coordinators.start()  # the gang is no child of this one, which knows it by files only
+    _, most = resource.prlimit(successor.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(successor.process.pid, resource.RLIMIT_NOFILE, (0, most))
+    # It cannot take the ranks' connections either, and gRPC would take none ever after.
+    programs.wait_for("its end", lambda: successor.process.poll() is not None)
+    log = successor.log.read_text()
+    assert successor.process.returncode == 1, log
+    assert "cannot take connections any more and stops" in log
+    third = coordinators.start()
+    job = third.wait_state(job_id, "SUCCEEDED")
+    assert (job["attempt"], job["restarts"], len(job["attempts"])) == (1, 0, 1), third.story(job_id)
+    assert_undisturbed(third, workspace, job_id, "job")
+    assert_nothing_runs(third)
 
 
 def test_a_run_that_ended_in_the_outage_is_found_with_every_step(workspace, coordinators):
