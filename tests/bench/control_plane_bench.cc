@@ -295,6 +295,7 @@ class Bench {
     server.program = fs::read_symlink("/proc/self/exe").parent_path() / "simpo-coordinator";
     server.heartbeat_timeout_s = server.attach_timeout_s = 1e6;
     server.stop_grace_s = 0.1;
+    server.max_jobs_per_user = 0;
     auto started = Server::Start(server, "bench", [](const absl::Status& status) { Die(status.ToString()); });
     if (!started.ok()) Die(started.status().ToString());
     server_ = *std::move(started);
