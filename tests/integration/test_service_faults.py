@@ -25,6 +25,14 @@ def fault_job(workspace, name, **changes):
     return workspace.job(name, **values)
 
 
+def job_at_step(workspace, coordinator, step, **changes):
+    """The id of a job that has done so many steps, slowly enough to be disturbed in the next one."""
+    make_slow(workspace)
+    job_id = coordinator.submit(fault_job(workspace, "job", **changes))
+    coordinator.wait_step(job_id, step)
+    return job_id
+
+
 @pytest.fixture(scope="module")
 def assert_undisturbed(tmp_path_factory):
     """Compares a job with a run that nothing disturbed: the same metrics, in the file and in the service, and the
@@ -57,9 +65,7 @@ def victim_pid(coordinator, victim):
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "mpirun", "supervisor"])
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(workspace, coordinators, assert_undisturbed, victim):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 7)
+    job_id = job_at_step(workspace, coordinator, 7)
     os.kill(victim_pid(coordinator, victim), signal.SIGKILL)
     job = coordinator.wait_state(job_id, "SUCCEEDED")
     fault = "machine" if victim == "supervisor" else "job"  # of a supervisor nothing is left that could tell
@@ -94,9 +100,7 @@ def test_a_pre_empted_job_goes_on_where_it_was(workspace, coordinators, assert_u
     config = tmp_path / "coordinator.yaml"
     config.write_text("preemption: true\n")
     coordinator = coordinators.start(config=config)
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 7)
+    job_id = job_at_step(workspace, coordinator, 7)
     nodes = json.loads(coordinator.ctl("nodes", "-o", "json").expect(0).stdout)
     assert [node["jobs"] for node in nodes] == [[{"job_id": job_id, "slots": 2}]]
     urgent = coordinator.submit(workspace.job("urgent", max_steps=2, global_batch_size=16))
@@ -136,9 +140,7 @@ def test_restarts_are_limited(workspace, coordinators):
 def test_a_rank_that_hangs_while_it_says_that_it_lives_is_named_and_replaced(workspace, coordinators,
                                                                              assert_undisturbed):
     coordinator = coordinators.start(**{"step-timeout-s": 5, "checkpoint-timeout-s": 5})
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 7)
+    job_id = job_at_step(workspace, coordinator, 7)
     with programs.HungThread(programs.rank_pids(coordinator.data_dir)[1]):
         before = coordinator.get(job_id)
         # It is not silent, so that only its phase and its collectives can tell.
@@ -157,9 +159,7 @@ def test_a_rank_that_hangs_while_it_says_that_it_lives_is_named_and_replaced(wor
 
 def test_a_checkpoint_on_request(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None))
-    coordinator.wait_step(job_id, 3)
+    job_id = job_at_step(workspace, coordinator, 3, save_strategy="end", save_steps=None)
     said = coordinator.ctl("checkpoint", job_id, "--wait").expect(0).stdout
     step = int(re.search(r"has a checkpoint of step (\d+)", said)[1])
     assert step >= 3
@@ -173,9 +173,7 @@ def test_a_checkpoint_on_request(workspace, coordinators, assert_undisturbed):
 
 def test_a_drained_node_is_left_with_a_checkpoint(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 7)
+    job_id = job_at_step(workspace, coordinator, 7)
     node = json.loads(coordinator.ctl("nodes", "-o", "json").expect(0).stdout)[0]["name"]
     said = coordinator.ctl("drain", node, "--reason", "new disks").expect(0)
     assert said.stdout == f"Node {node} gets no new gang; 1 job on it\n", said
@@ -203,9 +201,7 @@ def steps_written(workspace, name):
 @pytest.mark.parametrize("end", ["kill", "SIGTERM", "SIGINT"])
 def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, assert_undisturbed, end):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 3)
+    job_id = job_at_step(workspace, coordinator, 3)
     ranks = programs.rank_pids(coordinator.data_dir)
     if end == "kill":
         coordinator.kill()
@@ -230,9 +226,7 @@ def test_the_next_coordinator_adopts_a_running_gang(workspace, coordinators, ass
 
 def test_a_coordinator_that_can_open_no_files_starts_nothing_twice(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 3)
+    job_id = job_at_step(workspace, coordinator, 3)
     coordinator.kill()
     successor = coordinators.start()  # the gang is no child of this one, which knows it by files only
     _, most = resource.prlimit(successor.process.pid, resource.RLIMIT_NOFILE)
@@ -251,9 +245,7 @@ def test_a_coordinator_that_can_open_no_files_starts_nothing_twice(workspace, co
 
 def test_a_run_that_ended_in_the_outage_is_found_with_every_step(workspace, coordinators):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job", save_strategy="end", save_steps=None))
-    coordinator.wait_step(job_id, 5)
+    job_id = job_at_step(workspace, coordinator, 5, save_strategy="end", save_steps=None)
     coordinator.kill()
     programs.wait_for("the end of the run", lambda: (workspace.output("job") / "final" / "config.json").exists())
     successor = coordinators.start()
@@ -296,9 +288,7 @@ def test_a_crash_right_after_the_answer_to_submit_starts_the_job_once(workspace,
 
 def test_a_cancel_in_the_outage_of_a_crash_is_not_needed_twice(workspace, coordinators):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job", max_steps=2000))
-    coordinator.wait_step(job_id, 2)
+    job_id = job_at_step(workspace, coordinator, 2, max_steps=2000)
     coordinator.ctl("cancel", job_id, "--yes").expect(0)
     coordinator.kill()
     successor = coordinators.start()
@@ -308,9 +298,7 @@ def test_a_cancel_in_the_outage_of_a_crash_is_not_needed_twice(workspace, coordi
 
 def test_a_rank_that_dies_in_the_outage_is_replaced(workspace, coordinators, assert_undisturbed):
     coordinator = coordinators.start()
-    make_slow(workspace)
-    job_id = coordinator.submit(fault_job(workspace, "job"))
-    coordinator.wait_step(job_id, 5)
+    job_id = job_at_step(workspace, coordinator, 5)
     coordinator.kill()
     os.kill(programs.rank_pids(coordinator.data_dir)[1], signal.SIGKILL)
     programs.wait_for("the end of the gang", lambda: not programs.attempt_pids(coordinator.data_dir))
