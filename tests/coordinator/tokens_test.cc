@@ -1,7 +1,6 @@
 #include "coordinator/tokens.h"
 
 #include <gmock/gmock.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include "testing.h"
@@ -116,12 +115,11 @@ TEST_F(TokensTest, AFileThatIsLostBetweenTwoCoordinatorsShutsTheDoorToo) {
 TEST_F(TokensTest, AnErrorThatPassesLocksNobodyOutForGood) {
   TokenStore store(file_);
   const NewToken made = Add(Role::kAdmin, "root");
-  rlimit files = {};
-  getrlimit(RLIMIT_NOFILE, &files);
-  const rlimit none = {.rlim_cur = 0, .rlim_max = files.rlim_max};
-  setrlimit(RLIMIT_NOFILE, &none);
-  const absl::Status status = store.Find(made.text, kNow).status();
-  setrlimit(RLIMIT_NOFILE, &files);
+  absl::Status status;
+  {
+    const NoMoreFiles none;
+    status = store.Find(made.text, kNow).status();
+  }
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(status.message()), HasSubstr("Too many open files"));
   ASSERT_OK(store.Find(made.text, kNow).status());
