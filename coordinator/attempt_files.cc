@@ -1,6 +1,7 @@
 #include "coordinator/attempt_files.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 
@@ -91,8 +92,10 @@ absl::StatusOr<std::filesystem::path> MakeScratch(const AttemptFiles& files, con
   for (const char* base : {"/dev/shm", "/tmp"}) {
     std::string dir = absl::StrCat(base, "/simpo-", spec.job_id, "-", spec.attempt, "-XXXXXX");
     if (mkdtemp(dir.data()) != nullptr) {
-      SIMPO_RETURN_IF_ERROR(WriteFileAtomically(files.Scratch(), dir));
-      return dir;
+      status = WriteFileAtomically(files.Scratch(), dir);
+      if (status.ok()) return dir;
+      rmdir(dir.c_str());  // nobody would find it any more
+      return status;
     }
     status = ErrnoStatus("make a scratch folder in", base);
   }
