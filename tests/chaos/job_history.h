@@ -6,6 +6,7 @@
 #include <google/protobuf/repeated_field.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
@@ -48,6 +49,20 @@ struct TrackedJob {
 
   bool MaySucceed() const { return spec.exit_code == 0 && spec.faults <= spec.max_restarts; }
 };
+
+// Whether three attempts in a row, a killed one among them, were lost to faults of the job after one and the same
+// checkpoint: those are the last.
+inline bool WasKilledTooOften(const v1::GetJobResponse& got) {
+  const int count = got.attempts_size();
+  bool killed = false;
+  for (int i = std::max(0, count - 3); i < count; ++i) {
+    const v1::Attempt& attempt = got.attempts(i);
+    if (attempt.fault() != v1::FAULT_KIND_JOB) return false;
+    if (attempt.checkpoint_step() != got.attempts(count - 1).checkpoint_step()) return false;
+    killed |= attempt.exit_code() == 128 + SIGKILL;
+  }
+  return count >= 3 && killed;
+}
 
 // Thread-safe.
 class JobHistory {
@@ -176,7 +191,8 @@ class JobHistory {
       fail(absl::StrCat("is ", JobStateName(state), ", its last event says ", JobStateName(job.state)));
     }
     if (state == v1::JOB_STATE_SUCCEEDED && !job.MaySucceed()) fail("succeeded, although its gang never does");
-    if (state == v1::JOB_STATE_FAILED && (job.MaySucceed() || job.cancel_acked)) fail("failed");
+    const bool may_fail = !job.MaySucceed() || WasKilledTooOften(got);
+    if (state == v1::JOB_STATE_FAILED && (!may_fail || job.cancel_acked)) fail("failed");
     if (state == v1::JOB_STATE_CANCELLED && !job.cancel_tried) fail("was cancelled, although nobody asked for it");
     if (!job.priorities.contains(got.job().priority())) fail(absl::StrCat("has priority ", got.job().priority()));
     int64_t end_ms = 0;
