@@ -113,6 +113,10 @@ JobConfig ConfigOf(const v1::Job& job, const std::string& yaml) {
   return std::move(parsed.config);
 }
 
+JobInfo InfoOf(const JobConfig& config) {
+  return {.model = config.model_name_or_path, .loss_type = config.loss_type, .launcher = config.launcher};
+}
+
 }  // namespace
 
 std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
@@ -121,13 +125,10 @@ std::shared_ptr<const JobView> MakeView(const JobRecord& record) {
   view->version = record.version;
   view->request_digest = record.request_digest;
   view->job = record.job;
-  view->config_yaml = record.config_yaml;
   // The stored phase says how far the ranks of any attempt have come.
   if (record.job.state() == v1::JOB_STATE_LAUNCHING) view->job.mutable_progress()->set_phase("prepare");
   view->attempts = record.attempts;
-  view->model = record.config.model_name_or_path;
-  view->loss_type = record.config.loss_type;
-  view->launcher = record.config.launcher;
+  view->info = record.info;
   view->step_seconds = record.step_seconds;
   view->checkpoint_ms = record.checkpoint_ms;
   if (record.gang) {
@@ -168,8 +169,6 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
   auto record = std::make_unique<JobRecord>();
   record->sequence = stored.sequence;
   record->request_digest = std::move(stored.request_digest);
-  record->config_yaml = std::make_shared<const std::string>(std::move(*stored.job.mutable_config_yaml()));
-  stored.job.clear_config_yaml();
   record->job = std::move(stored.job);
   record->attempts = std::move(stored.attempts);
   record->last_event = stored.last_event;
@@ -204,9 +203,12 @@ absl::Status Dispatcher::Load(Moment now) {
     TakeStoredTimes(record, now);
     const bool is_final = IsFinal(record.job.state());
     if (!is_final) SIMPO_RETURN_IF_ERROR(LoadLive(record, now));
-    // The config of what ended long ago is of no more use.
+    // Of what ended long ago nothing more is shown.
     if (!is_final || now.unix_ms - UnixMillis(record.job.end_time()) < kRecentMs) {
-      record.config = ConfigOf(record.job, *record.config_yaml);
+      SIMPO_ASSIGN_OR_RETURN(const std::string yaml, jobs_.ConfigYaml(record.sequence));
+      JobConfig config = ConfigOf(record.job, yaml);
+      record.info = InfoOf(config);
+      if (!is_final) record.config = std::make_unique<const JobConfig>(std::move(config));
     }
     if (!is_final) Queue(record);
   }
@@ -299,9 +301,7 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
     if (const auto user = live_of_user_.find(record.job.user()); --user->second == 0) live_of_user_.erase(user);
     // It is kept for long: without what only live jobs need.
     record.worker_events.clear();
-    record.config = {.launcher = record.config.launcher,
-                     .model_name_or_path = record.config.model_name_or_path,
-                     .loss_type = record.config.loss_type};
+    record.config.reset();
     to_remove_.insert({EvenMillis(now), record.sequence});
     to_thin_.insert({EvenMillis(now), record.sequence});
     if (!record.attempts.empty()) {
@@ -387,11 +387,13 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
                                                                    record.job.id(), "; use a new request_id")),
                              "REQUEST_ID_REUSED"));
     }
-    acknowledgements_.push_back([&record, done = std::move(done)](const absl::Status& status) {
+    acknowledgements_.push_back([this, &record, done = std::move(done)](const absl::Status& status) {
       if (!status.ok()) return done(status);
+      absl::StatusOr<std::string> yaml = jobs_.ConfigYaml(record.sequence);
+      if (!yaml.ok()) return done(yaml.status());
       v1::SubmitJobResponse response;
       *response.mutable_job() = record.job;
-      response.mutable_job()->set_config_yaml(*record.config_yaml);
+      response.mutable_job()->set_config_yaml(*std::move(yaml));
       response.set_already_existed(true);
       done(std::move(response));
     });
@@ -417,20 +419,24 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
   job.set_config_yaml(JobConfigToYaml(config));
   *job.mutable_create_time() = ToTimestamp(now.unix_ms);
   Write(jobs_.InsertJob(stored));
+  std::string yaml = std::move(*job.mutable_config_yaml());
+  job.clear_config_yaml();
   JobRecord& record = AddRecord(std::move(stored));
-  record.config = std::move(config);
+  record.info = InfoOf(config);
+  record.config = std::make_unique<const JobConfig>(std::move(config));
   record.waiting_since_ms = EvenMillis(now);
   Queue(record);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
-  acknowledgements_.push_back([&record, notes = submission.notes, done = std::move(done)](const absl::Status& status) {
-    if (!status.ok()) return done(status);
-    v1::SubmitJobResponse response;
-    *response.mutable_job() = record.job;
-    response.mutable_job()->set_config_yaml(*record.config_yaml);
-    response.mutable_notes()->Add(notes.begin(), notes.end());
-    done(std::move(response));
-  });
+  acknowledgements_.push_back(
+      [&record, yaml = std::move(yaml), notes = submission.notes, done = std::move(done)](const absl::Status& status) {
+        if (!status.ok()) return done(status);
+        v1::SubmitJobResponse response;
+        *response.mutable_job() = record.job;
+        response.mutable_job()->set_config_yaml(yaml);
+        response.mutable_notes()->Add(notes.begin(), notes.end());
+        done(std::move(response));
+      });
 }
 
 void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) {
@@ -441,7 +447,6 @@ void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) 
     if (!status.ok()) return done(status);
     v1::CancelJobResponse response;
     *response.mutable_job() = record->job;
-    response.mutable_job()->set_config_yaml(*record->config_yaml);
     done(std::move(response));
   });
 }
@@ -582,7 +587,7 @@ void Dispatcher::Checkpoint(const std::string& job_id, Moment now, CheckpointDon
 
 void Dispatcher::Queue(const JobRecord& record) {
   const v1::Job& job = record.job;
-  const int64_t limit_ms = record.config.time_limit_s * 1000;
+  const int64_t limit_ms = record.config ? record.config->time_limit_s * 1000 : 0;
   if (WaitsForSlots(job.state())) {
     queue_.Wait({.sequence = record.sequence,
                  .id = job.id(),
@@ -677,7 +682,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   if (job.state() != v1::JOB_STATE_LAUNCHING || found.phase != GangStatus::Phase::kLost) return OpenTo(record);
   // A link may lead elsewhere by now, and a folder be closed. Another attempt would find the same. A gang that an
   // earlier coordinator started was looked at then.
-  std::vector<FieldViolation> violations = options_.roots.Check(record.config);
+  std::vector<FieldViolation> violations = options_.roots.Check(*record.config);
   std::string problem = violations.empty() ? ProblemOfTurnedFolder(record) : "";
   // A folder of the coordinator's choice is no fault of the job's.
   if (violations.empty() && problem.empty() && fs::path(job.output_dir()).parent_path() != options_.outputs_dir) {
@@ -691,6 +696,8 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   // With a phase, what lies in the folder is this job's: it was unused, or an earlier attempt whose ranks had begun has
   // claimed it.
   const bool resume = job.attempt() > 1 && !job.progress().phase().empty();
+  absl::StatusOr<std::string> yaml = jobs_.ConfigYaml(record.sequence);
+  if (!yaml.ok()) return Write(yaml.status());
   const absl::StatusOr<bool> started =
       launcher_->Start({.job_id = job.id(),
                         .attempt = job.attempt(),
@@ -698,7 +705,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
                         .threads_per_rank = std::max(1, job.slots() / std::max(1, job.ranks())),
                         .nodes = NodeNames(record.attempts.back()),
                         .resume_latest = resume,
-                        .job_yaml = *record.config_yaml,
+                        .job_yaml = *std::move(yaml),
                         .log_dir = record.attempts.back().log_dir(),
                         .output_dir = job.output_dir()});
   if (started.ok()) {

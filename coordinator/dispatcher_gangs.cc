@@ -465,9 +465,9 @@ void Dispatcher::TendGang(JobRecord& record, Moment now) {
   }
   if (status.phase == GangStatus::Phase::kTraining && !gang.started) gang.started = now.steady;
 
-  const int64_t limit_ms = record.config.time_limit_s * 1000;
+  const int64_t limit_ms = record.config->time_limit_s * 1000;
   if (limit_ms > 0 && RunMillis(record, EvenMillis(now)) > limit_ms) {
-    RequestEnd(record, absl::StrCat("the time limit of ", record.config.time_limit_s, " s was reached"), now);
+    RequestEnd(record, absl::StrCat("the time limit of ", record.config->time_limit_s, " s was reached"), now);
   }
   if (!gang.fault && !gang.terminated) LookAtRanks(record, now);
   Escalate(record, now);

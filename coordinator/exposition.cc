@@ -147,9 +147,9 @@ void AddJob(const JobView& view, Families* families) {
                   {{"job", job.id()},
                    {"name", job.name()},
                    {"user", job.user()},
-                   {"model", view.model},
-                   {"loss_type", view.loss_type},
-                   {"launcher", view.launcher}},
+                   {"model", view.info.model},
+                   {"loss_type", view.info.loss_type},
+                   {"launcher", view.info.launcher}},
                   1);
   for (v1::JobState state : kJobStates) {
     families->Gauge("simpo_job_state", "1 for the state that the job is in, 0 for the others",

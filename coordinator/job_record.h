@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "common/job_config.h"
 #include "coordinator/histogram.h"
+#include "coordinator/job_views.h"
 #include "coordinator/launcher.h"
 #include "coordinator/liveness.h"
 #include "simpo/v1/job.pb.h"
@@ -71,13 +72,12 @@ struct Gang {
   std::set<std::string> troubles;  // that the launcher has had with it, and that were logged
 };
 
-// A job in memory. What must survive lies in the stores.
+// A job in memory. What must survive lies in the stores, and the job file, which may be large, only there.
 struct JobRecord {
   int64_t sequence = 0;  // order of submission; the key in the stores
   std::string request_digest;
-  v1::Job job;  // without config_yaml
-  std::shared_ptr<const std::string> config_yaml;
-  JobConfig config;
+  v1::Job job;                              // without config_yaml
+  std::unique_ptr<const JobConfig> config;  // exactly until the job has ended
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;
   // What limits and the queue go by; see Dispatcher::EvenMillis. The times in `job` and `attempts` are for people: the
@@ -96,6 +96,7 @@ struct JobRecord {
   double mean_step_seconds = 0;         // over the latest steps, for the estimate of the end
 
   // For the metrics page.
+  JobInfo info;
   Histogram step_seconds;
   int64_t checkpoint_ms = 0;  // Unix time of the last complete checkpoint
 };

@@ -58,6 +58,7 @@ absl::StatusOr<std::unique_ptr<JobStore>> JobStore::Open(Database& database) {
   Sqlite& reader = database.reader();
   SIMPO_RETURN_IF_ERROR(
       prepare(reader, "SELECT attempt FROM attempts WHERE job = ? ORDER BY number", &store->load_attempts_));
+  SIMPO_RETURN_IF_ERROR(prepare(reader, "SELECT config_yaml FROM jobs WHERE sequence = ?", &store->config_yaml_));
   SIMPO_RETURN_IF_ERROR(prepare(reader,
                                 "SELECT event FROM events WHERE job = ? AND sequence > ? ORDER BY sequence LIMIT ?",
                                 &store->events_after_));
@@ -144,7 +145,7 @@ absl::StatusOr<std::vector<StoredJob>> JobStore::LoadJobs() {
   SIMPO_ASSIGN_OR_RETURN(
       SqliteStatement rows,
       database_.reader().Prepare(
-          "SELECT jobs.sequence, request_digest, jobs.job, config_yaml, last.sequence, last.last_point FROM jobs LEFT "
+          "SELECT jobs.sequence, request_digest, jobs.job, last.sequence, last.last_point FROM jobs LEFT "
           "JOIN events AS last ON last.job = jobs.sequence AND last.sequence = (SELECT max(sequence) FROM events WHERE "
           "events.job = jobs.sequence) ORDER BY jobs.sequence"));
   std::vector<StoredJob> jobs;
@@ -155,11 +156,20 @@ absl::StatusOr<std::vector<StoredJob>> JobStore::LoadJobs() {
     stored.sequence = rows.Int(0);
     stored.request_digest = rows.Text(1);
     SIMPO_RETURN_IF_ERROR(ParseBlob(rows.Text(2), &stored.job));
-    stored.job.set_config_yaml(rows.Text(3));
-    stored.last_event = rows.Int(4);
-    stored.last_point = rows.Int(5);
+    stored.last_event = rows.Int(3);
+    stored.last_point = rows.Int(4);
     SIMPO_RETURN_IF_ERROR(LoadAttempts(stored));
   }
+}
+
+absl::StatusOr<std::string> JobStore::ConfigYaml(int64_t job) {
+  const std::lock_guard lock(database_.reader_mutex());
+  config_yaml_.Reset().Bind(job);
+  SIMPO_ASSIGN_OR_RETURN(const bool row, config_yaml_.Step());
+  if (!row) return absl::NotFoundError("the job has been removed, as it ended long ago (history_days)");
+  std::string yaml = config_yaml_.Text(0);
+  config_yaml_.Reset();
+  return yaml;
 }
 
 absl::StatusOr<std::vector<v1::JobEvent>> JobStore::EventsAfter(int64_t job, int64_t after, int limit) {

@@ -18,7 +18,7 @@ namespace simpo {
 struct StoredJob {
   int64_t sequence = 0;
   std::string request_digest;
-  v1::Job job;
+  v1::Job job;  // with config_yaml only for InsertJob
   std::vector<v1::Attempt> attempts;
   int64_t last_event = 0;  // JobEvent.sequence of the newest; 0: none
   int64_t last_point = 0;  // the newest point that was stored before that event
@@ -35,15 +35,17 @@ class JobStore {
   absl::Status PutAttempt(int64_t job, const v1::Attempt& attempt);
   // `last_point`: MetricStore::stored_sequence() at this moment.
   absl::Status AddEvent(int64_t job, const v1::JobEvent& event, int64_t last_point);
-  // With its attempts and events.
   // An empty reason: the node is not drained any more.
   absl::Status PutDrained(const std::string& node, const std::string& reason);
   // Node, and why.
   absl::StatusOr<std::map<std::string, std::string>> LoadDrained();
+  // With its attempts and events.
   absl::Status DeleteJob(int64_t sequence);
 
-  // Every job, in order of submission.
+  // Every job, in order of submission, without config_yaml.
   absl::StatusOr<std::vector<StoredJob>> LoadJobs();
+  // The job file as it runs, up to 1 MiB. NOT_FOUND without the job.
+  absl::StatusOr<std::string> ConfigYaml(int64_t job);
   // Events after `after`, oldest first; with more than `limit`, the first ones.
   absl::StatusOr<std::vector<v1::JobEvent>> EventsAfter(int64_t job, int64_t after, int limit);
   // The last `limit` events, oldest first.
@@ -56,9 +58,9 @@ class JobStore {
   absl::Status LoadAttempts(StoredJob& stored);
 
   Database& database_;
-  SqliteStatement insert_job_, update_job_, put_attempt_, add_event_;        // of the writer
-  SqliteStatement delete_events_, delete_attempts_, delete_job_;             // of the writer
-  SqliteStatement load_attempts_, events_after_, last_events_, last_point_;  // of the reader
+  SqliteStatement insert_job_, update_job_, put_attempt_, add_event_;                      // of the writer
+  SqliteStatement delete_events_, delete_attempts_, delete_job_;                           // of the writer
+  SqliteStatement load_attempts_, config_yaml_, events_after_, last_events_, last_point_;  // of the reader
 };
 
 }  // namespace simpo

@@ -15,6 +15,11 @@
 
 namespace simpo {
 
+// What the metrics page says of a job.
+struct JobInfo {
+  std::string model, loss_type, launcher;
+};
+
 // A job as others see it: a picture taken right after a commit, which never changes. So everything in
 // it belongs to one moment, and to one training step.
 struct JobView {
@@ -22,12 +27,11 @@ struct JobView {
   uint64_t version = 0;  // another one: something changed that a watcher should hear of
   std::string request_digest;
   v1::Job job;  // without config_yaml
-  std::shared_ptr<const std::string> config_yaml;
   std::vector<v1::Attempt> attempts;
   std::string secret;  // of the attempt whose ranks may report; empty: none
 
   // For the metrics page.
-  std::string model, loss_type, launcher;
+  JobInfo info;
   Histogram step_seconds;
   int64_t checkpoint_ms = 0;         // Unix time; 0: none
   std::vector<v1::RankState> ranks;  // those that were heard

@@ -129,15 +129,17 @@ void CheckPageSize(int size, int max, std::vector<FieldViolation>* violations) {
 }
 
 // The answer to a request_id that is known already.
-absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& request, v1::SubmitJobResponse* response) {
+absl::Status AnswerAgain(const JobView& view, const v1::SubmitJobRequest& request, JobStore& jobs,
+                         v1::SubmitJobResponse* response) {
   if (view.request_digest != RequestDigest(request)) {
     return WithReason(absl::AlreadyExistsError(absl::StrCat("request_id '", request.request_id(),
                                                             "' was used for another request, which became job ",
                                                             view.job.id(), "; use a new request_id")),
                       "REQUEST_ID_REUSED");
   }
+  SIMPO_ASSIGN_OR_RETURN(std::string yaml, jobs.ConfigYaml(view.sequence));
   *response->mutable_job() = view.job;
-  response->mutable_job()->set_config_yaml(*view.config_yaml);
+  response->mutable_job()->set_config_yaml(std::move(yaml));
   response->set_already_existed(true);
   return absl::OkStatus();
 }
@@ -194,7 +196,7 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   if (!request->request_id().empty() && !request->validate_only()) {
     // Before anything is checked: by now the job's own output may lie in its folder.
     if (const JobViews::View known = parts_.views.FindByRequestId(request->request_id())) {
-      return call.Finish(AnswerAgain(*known, *request, response), known->job.id());
+      return call.Finish(AnswerAgain(*known, *request, parts_.jobs, response), known->job.id());
     }
   }
   Submission submission = CheckSubmission(*request, parts_.facts.slots_total, parts_.roots);
@@ -309,8 +311,9 @@ grpc::ServerUnaryReactor* TrainingService::ListNodes(grpc::CallbackServerContext
 absl::Status TrainingService::GetJobNow(const v1::GetJobRequest& request, v1::GetJobResponse* response) {
   SIMPO_ASSIGN_OR_RETURN(const JobViews::View view, parts_.views.Find(request.job_id()));
   SIMPO_ASSIGN_OR_RETURN(std::vector<v1::JobEvent> events, parts_.jobs.LastEvents(view->sequence, kEventsShown));
+  SIMPO_ASSIGN_OR_RETURN(std::string yaml, parts_.jobs.ConfigYaml(view->sequence));
   *response->mutable_job() = view->job;
-  response->mutable_job()->set_config_yaml(*view->config_yaml);
+  response->mutable_job()->set_config_yaml(std::move(yaml));
   for (const v1::Attempt& attempt : view->attempts) *response->add_attempts() = attempt;
   for (const v1::RankState& rank : view->ranks) *response->add_ranks() = rank;
   for (v1::JobEvent& event : events) {

@@ -155,6 +155,33 @@ TEST_F(DispatcherTest, TheSameRequestIsTheSameJob) {
   EXPECT_EQ(launcher_.started().size(), 1u);
 }
 
+// Only the database holds it, so that ended jobs cost little memory for as long as they are kept.
+TEST_F(DispatcherTest, TheJobFileIsGivenBackAtAnyTime) {
+  const auto first = Submit(JobYaml(), "request-1");
+  const std::string id = first->job().id();
+  const std::string& yaml = first->job().config_yaml();
+  EXPECT_THAT(yaml, HasSubstr("model_name_or_path: \"org/model\""));
+  EXPECT_EQ(launcher_.started().at(0).job_yaml, yaml);
+  EXPECT_EQ(Submit(JobYaml(), "request-1")->job().config_yaml(), yaml);
+  AttachAll(id, 1, 1);
+  launcher_.End(id, 1, 75);
+  Pass(milliseconds(200));
+  StartCoordinator();
+  EXPECT_EQ(views_->FindById(id)->info.model, "org/model");
+  Pass(seconds(2));
+  ASSERT_EQ(launcher_.started().size(), 2u);
+  EXPECT_EQ(launcher_.started().at(1).job_yaml, yaml) << "of another attempt, by another coordinator";
+
+  launcher_.End(id, 2, 0);
+  Pass(milliseconds(200));
+  ASSERT_EQ(State(id), "SUCCEEDED");
+  EXPECT_EQ(Submit(JobYaml(), "request-1")->job().config_yaml(), yaml);
+  EXPECT_EQ(views_->FindById(id)->info.model, "org/model");
+  StartCoordinator();
+  EXPECT_EQ(Submit(JobYaml(), "request-1")->job().config_yaml(), yaml);
+  EXPECT_EQ(views_->FindById(id)->info.model, "org/model") << "it may still be on the metrics page";
+}
+
 TEST_F(DispatcherTest, QueueByPriorityThenAgeWithReasons) {
   const std::string running = Start(JobYaml(4));
   const std::string old = Start(JobYaml(3));

@@ -35,7 +35,7 @@ std::shared_ptr<JobView> RunningJob() {
   view->job.set_name("a \"quoted\"\nname");
   view->job.set_state(v1::JOB_STATE_RUNNING);
   view->job.set_slots(2);
-  view->model = "model";
+  view->info.model = "model";
   v1::JobProgress& progress = *view->job.mutable_progress();
   progress.set_step(12);
   progress.set_steps_planned(100);

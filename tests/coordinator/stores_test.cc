@@ -70,7 +70,9 @@ TEST_F(StoresTest, WhatIsCommittedIsThereAfterReopening) {
   ASSERT_EQ(jobs.size(), 2u);
   EXPECT_EQ(jobs[0].job.id(), "one");
   EXPECT_EQ(jobs[0].job.state(), v1::JOB_STATE_RUNNING);
-  EXPECT_EQ(jobs[0].job.config_yaml(), "beta: 2\n");
+  EXPECT_EQ(jobs[0].job.config_yaml(), "") << "may be large, and is read when it is asked for";
+  EXPECT_EQ(ValueOf(stores_.jobs->ConfigYaml(1)), "beta: 2\n");
+  EXPECT_EQ(stores_.jobs->ConfigYaml(3).status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(jobs[0].request_digest, "digest-one");
   EXPECT_EQ(jobs[0].last_event, 2);
   ASSERT_EQ(jobs[0].attempts.size(), 1u);
