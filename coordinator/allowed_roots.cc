@@ -52,7 +52,7 @@ std::vector<std::string> MatchesOfGlob(const std::string& pattern) {
   return paths;
 }
 
-AllowedRoots::AllowedRoots(fs::path outputs_dir, const std::vector<std::string>& roots,
+AllowedRoots::AllowedRoots(const fs::path& outputs_dir, const std::vector<std::string>& roots,
                            std::function<bool()> restricted)
     : restricted_(std::move(restricted)) {
   if (!roots.empty()) restricted_ = [] { return true; };

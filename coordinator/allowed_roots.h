@@ -24,7 +24,7 @@ class AllowedRoots {
  public:
   AllowedRoots() = default;  // any path is allowed
   // `outputs_dir` is always among them. `restricted` says whether they count now; with `roots` they always do.
-  AllowedRoots(std::filesystem::path outputs_dir, const std::vector<std::string>& roots,
+  AllowedRoots(const std::filesystem::path& outputs_dir, const std::vector<std::string>& roots,
                std::function<bool()> restricted);
 
   bool restricted() const { return restricted_ && restricted_(); }

@@ -80,11 +80,11 @@ void Controller::Run() {
       std::move(of_ranks_.begin(), end, std::back_inserter(events));
       of_ranks_.erase(of_ranks_.begin(), end);
     }
-    if (!Work(std::move(events), tick, /*last=*/stop) || stop) return;
+    if (!Work(events, tick, /*last=*/stop) || stop) return;
   }
 }
 
-bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
+bool Controller::Work(const std::deque<Event>& events, bool tick, bool last) {
   const Moment now = Moment::Now();
   for (const Event& event : events) event.apply({.steady = event.arrived, .unix_ms = now.unix_ms});
   if (tick) {
@@ -103,65 +103,66 @@ bool Controller::Work(std::deque<Event> events, bool tick, bool last) {
   return false;
 }
 
-void Controller::Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done) {
+void Controller::Submit(Submission submission, std::string request_id, const Dispatcher::SubmitDone& done) {
   Post(of_users_, {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
                              done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
                    .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
-void Controller::Check(v1::Job job, std::string output_dir, std::function<void(absl::Status)> done) {
+void Controller::Check(v1::Job job, std::string output_dir, const std::function<void(absl::Status)>& done) {
   Post(of_users_, {.apply = [this, job = std::move(job), output_dir = std::move(output_dir),
                              done](Moment) { done(dispatcher_.Check(job, output_dir)); },
                    .refuse = done});
 }
 
-void Controller::Cancel(std::string job_id, Dispatcher::CancelDone done) {
+void Controller::Cancel(std::string job_id, const Dispatcher::CancelDone& done) {
   Post(of_users_,
        {.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Cancel(job_id, now, done); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
-void Controller::SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done) {
+void Controller::SetPriority(std::string job_id, int priority, const Dispatcher::PriorityDone& done) {
   Post(of_users_, {.apply = [this, job_id = std::move(job_id), priority,
                              done](Moment now) { dispatcher_.SetPriority(job_id, priority, now, done); },
                    .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
-void Controller::Checkpoint(std::string job_id, Dispatcher::CheckpointDone done) {
+void Controller::Checkpoint(std::string job_id, const Dispatcher::CheckpointDone& done) {
   Post(of_users_,
        {.apply = [this, job_id = std::move(job_id), done](Moment now) { dispatcher_.Checkpoint(job_id, now, done); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
-void Controller::SetDrained(std::string node, std::string reason, bool keep_running, Dispatcher::NodeDone done) {
+void Controller::SetDrained(std::string node, std::string reason, bool keep_running, const Dispatcher::NodeDone& done) {
   Post(of_users_, {.apply = [this, node = std::move(node), reason = std::move(reason), keep_running,
                              done](Moment now) { dispatcher_.SetDrained(node, reason, keep_running, now, done); },
                    .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
 void Controller::ListNodes(v1::ListNodesRequest request,
-                           std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done) {
+                           const std::function<void(absl::StatusOr<v1::ListNodesResponse>)>& done) {
   Post(of_users_,
        {.apply = [this, request = std::move(request), done](Moment) { done(dispatcher_.ListNodes(request)); },
         .refuse = [done](const absl::Status& status) { done(status); }});
 }
 
-void Controller::Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel) {
+void Controller::Attach(v1::Hello hello, const std::shared_ptr<RankChannel>& channel) {
   Post(of_ranks_,
        {.apply = [this, hello = std::move(hello), channel](Moment now) { dispatcher_.Attach(hello, channel, now); },
         .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
 }
 
 void Controller::Receive(RankId from, v1::AttachRequest message, std::function<void()> taken) {
-  Post(of_ranks_, {.apply =
-                       [this, from = std::move(from), message = std::move(message), taken](Moment now) {
-                         dispatcher_.Receive(from, message, now);
-                         dispatcher_.WhenRoom(taken);
-                       },
-                   .refuse = [](const absl::Status&) {}});
+  Post(of_ranks_,
+       {.apply =
+            [this, from = std::move(from), message = std::move(message), taken = std::move(taken)](Moment now) {
+              dispatcher_.Receive(from, message, now);
+              dispatcher_.WhenRoom(taken);
+            },
+        .refuse = [](const absl::Status&) {}});
 }
 
-void Controller::Leave(RankId rank, std::shared_ptr<RankChannel> channel) {
+void Controller::Leave(RankId rank, const std::shared_ptr<RankChannel>& channel) {
   Post(of_ranks_, {.apply = [this, rank = std::move(rank), channel](Moment) { dispatcher_.Leave(rank, channel); },
                    .refuse = [channel](const absl::Status& status) { channel->Close(status); }});
 }

@@ -33,18 +33,18 @@ class Controller {
   void Stop();
 
   // `done` is called by the controller's thread once the answer is durable.
-  void Submit(Submission submission, std::string request_id, Dispatcher::SubmitDone done);
-  void Check(v1::Job job, std::string output_dir, std::function<void(absl::Status)> done);
-  void Cancel(std::string job_id, Dispatcher::CancelDone done);
-  void SetPriority(std::string job_id, int priority, Dispatcher::PriorityDone done);
-  void Checkpoint(std::string job_id, Dispatcher::CheckpointDone done);
-  void SetDrained(std::string node, std::string reason, bool keep_running, Dispatcher::NodeDone done);
-  void ListNodes(v1::ListNodesRequest request, std::function<void(absl::StatusOr<v1::ListNodesResponse>)> done);
+  void Submit(Submission submission, std::string request_id, const Dispatcher::SubmitDone& done);
+  void Check(v1::Job job, std::string output_dir, const std::function<void(absl::Status)>& done);
+  void Cancel(std::string job_id, const Dispatcher::CancelDone& done);
+  void SetPriority(std::string job_id, int priority, const Dispatcher::PriorityDone& done);
+  void Checkpoint(std::string job_id, const Dispatcher::CheckpointDone& done);
+  void SetDrained(std::string node, std::string reason, bool keep_running, const Dispatcher::NodeDone& done);
+  void ListNodes(v1::ListNodesRequest request, const std::function<void(absl::StatusOr<v1::ListNodesResponse>)>& done);
 
-  void Attach(v1::Hello hello, std::shared_ptr<RankChannel> channel);
+  void Attach(v1::Hello hello, const std::shared_ptr<RankChannel>& channel);
   // `taken` is called when the next message may come.
   void Receive(RankId from, v1::AttachRequest message, std::function<void()> taken);
-  void Leave(RankId rank, std::shared_ptr<RankChannel> channel);
+  void Leave(RankId rank, const std::shared_ptr<RankChannel>& channel);
 
   // Points have been stored: those who wait for it are told.
   void Wake();
@@ -60,7 +60,7 @@ class Controller {
   void Post(std::deque<Event>& queue, Event event);
   void Run();
   // False when the stores have failed.
-  bool Work(std::deque<Event> events, bool tick, bool last);
+  bool Work(const std::deque<Event>& events, bool tick, bool last);
   void RefuseAll(const absl::Status& status);
 
   Dispatcher& dispatcher_;  // belongs to thread_ once it runs

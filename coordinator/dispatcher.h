@@ -99,12 +99,12 @@ class Dispatcher {
   bool SetNodeUp(const std::string& name, bool up);
 
   // --- what ranks say. What comes from another attempt than the current one is turned away.
-  void Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> channel, Moment now);
+  void Attach(const v1::Hello& hello, const std::shared_ptr<RankChannel>& channel, Moment now);
   void Receive(const RankId& from, const v1::AttachRequest& message, Moment now);
   // Calls `taken` when more points may come: at once, or by Flush when too many wait to be stored.
   void WhenRoom(std::function<void()> taken);
   // The stream is at its end; it is closed once all that came by it is on disk.
-  void Leave(const RankId& rank, std::shared_ptr<RankChannel> channel);
+  void Leave(const RankId& rank, const std::shared_ptr<RankChannel>& channel);
 
   // Before a Tick that comes so long after the one before: in a long pause the process was stopped or the disk held
   // it up, and what ranks said may not have been read yet. Such time is nobody's silence, and neither is time in which

@@ -151,7 +151,7 @@ Gang* Dispatcher::GangOf(const RankId& rank, JobRecord** record) {
   return rank.rank >= 0 && static_cast<size_t>(rank.rank) < gang.ranks.size() ? &gang : nullptr;
 }
 
-void Dispatcher::Attach(const v1::Hello& hello, std::shared_ptr<RankChannel> channel, Moment now) {
+void Dispatcher::Attach(const v1::Hello& hello, const std::shared_ptr<RankChannel>& channel, Moment now) {
   JobRecord* record = nullptr;
   Gang* gang = GangOf({hello.job_id(), hello.attempt(), hello.rank()}, &record);
   if (gang == nullptr || hello.world_size() != static_cast<int>(gang->ranks.size())) {
@@ -229,7 +229,7 @@ void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, M
   if (message.has_event()) TakeWorkerEvent(*record, from, message.event(), now);
 }
 
-void Dispatcher::Leave(const RankId& id, std::shared_ptr<RankChannel> channel) {
+void Dispatcher::Leave(const RankId& id, const std::shared_ptr<RankChannel>& channel) {
   JobRecord* record = nullptr;
   if (Gang* gang = GangOf(id, &record); gang != nullptr && gang->ranks[id.rank].channel == channel) {
     gang->ranks[id.rank].channel.reset();

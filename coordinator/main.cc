@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -156,4 +157,11 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace simpo
 
-int main(int argc, char** argv) { return simpo::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return simpo::Main(argc, argv);
+  } catch (const std::exception& error) {  // no memory, a folder that cannot be looked at
+    std::fprintf(stderr, "simpo-coordinator: %s\n", error.what());
+    return simpo::kFailed;
+  }
+}

@@ -22,7 +22,7 @@ constexpr size_t kMaxFileNameBytes = 200;
 
 // As many whole lines as fit, and that there are more. In the trailer all but plain ASCII takes three bytes.
 std::string Shortened(absl::string_view message) {
-  const std::string text = ToUtf8(std::string_view(message.data(), message.size()));
+  std::string text = ToUtf8(std::string_view(message.data(), message.size()));
   size_t encoded = 0, end = 0;
   for (; end < text.size() && encoded <= kMaxMessageBytes; ++end) {
     encoded += text[end] >= 0x20 && text[end] <= 0x7e && text[end] != '%' ? 1 : 3;

@@ -142,6 +142,7 @@ struct SpawnSettings {
 
 absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, char** environment, SpawnSettings& settings) {
   std::vector<char*> argv;
+  argv.reserve(command.size() + 1);
   for (const std::string& argument : command) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   pid_t pid = 0;
@@ -196,6 +197,7 @@ absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command,
 absl::StatusOr<pid_t> SpawnInNewGroup(const std::vector<std::string>& command,
                                       const std::map<std::string, std::string>& environment) {
   std::vector<std::string> variables;
+  variables.reserve(environment.size());
   for (const auto& [name, value] : environment) variables.push_back(absl::StrCat(name, "=", value));
   std::vector<char*> envp;
   for (char** variable = environ; *variable != nullptr; ++variable) {

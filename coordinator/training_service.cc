@@ -38,8 +38,8 @@ class UnaryCall {
             const std::string& job = "")
       : state_(std::make_shared<State>(context->DefaultReactor(), parts, method)) {
     absl::StatusOr<Caller> caller = parts.guard.Admit(state_->rule, *context, job);
-    if (caller.ok()) state_->caller = *std::move(caller);
     state_->admitted = caller.status();
+    if (caller.ok()) state_->caller = *std::move(caller);
   }
 
   bool admitted() const { return state_->admitted.ok(); }
@@ -247,27 +247,26 @@ grpc::ServerUnaryReactor* TrainingService::ChangeJob(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* TrainingService::CancelJob(grpc::CallbackServerContext* context,
                                                      const v1::CancelJobRequest* request,
                                                      v1::CancelJobResponse* response) {
-  return ChangeJob(context, "CancelJob", request, response, [&](const std::string& id, Dispatcher::CancelDone done) {
-    parts_.controller.Cancel(id, std::move(done));
-  });
+  return ChangeJob(
+      context, "CancelJob", request, response,
+      [&](const std::string& id, const Dispatcher::CancelDone& done) { parts_.controller.Cancel(id, done); });
 }
 
 grpc::ServerUnaryReactor* TrainingService::SetPriority(grpc::CallbackServerContext* context,
                                                        const v1::SetPriorityRequest* request,
                                                        v1::SetPriorityResponse* response) {
   return ChangeJob(context, "SetPriority", request, response,
-                   [&](const std::string& id, Dispatcher::PriorityDone done) {
-                     parts_.controller.SetPriority(id, request->priority(), std::move(done));
+                   [&](const std::string& id, const Dispatcher::PriorityDone& done) {
+                     parts_.controller.SetPriority(id, request->priority(), done);
                    });
 }
 
 grpc::ServerUnaryReactor* TrainingService::CheckpointJob(grpc::CallbackServerContext* context,
                                                          const v1::CheckpointJobRequest* request,
                                                          v1::CheckpointJobResponse* response) {
-  return ChangeJob(context, "CheckpointJob", request, response,
-                   [&](const std::string& id, Dispatcher::CheckpointDone done) {
-                     parts_.controller.Checkpoint(id, std::move(done));
-                   });
+  return ChangeJob(
+      context, "CheckpointJob", request, response,
+      [&](const std::string& id, const Dispatcher::CheckpointDone& done) { parts_.controller.Checkpoint(id, done); });
 }
 
 grpc::ServerUnaryReactor* TrainingService::DrainNode(grpc::CallbackServerContext* context,
@@ -393,7 +392,7 @@ grpc::ServerUnaryReactor* TrainingService::ListMetrics(grpc::CallbackServerConte
 }
 
 grpc::ServerUnaryReactor* TrainingService::GetServerInfo(grpc::CallbackServerContext* context,
-                                                         const v1::GetServerInfoRequest* request,
+                                                         const v1::GetServerInfoRequest* /*request*/,
                                                          v1::GetServerInfoResponse* response) {
   const UnaryCall call(context, parts_, "GetServerInfo");
   if (!call.admitted()) return call.Refuse();

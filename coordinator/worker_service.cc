@@ -207,8 +207,9 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
       if (rang && call) call->rendezvous_.Expire(call->call_);
     });
     rendezvous_.Arrive(call_, request.nccl_id(), [call = self_](absl::StatusOr<std::string> bytes) {
+      const grpc::Status status = ToGrpcStatus(bytes.status());
       if (bytes.ok()) call->response_->set_nccl_id(*std::move(bytes));
-      call->Reply(ToGrpcStatus(bytes.status()));
+      call->Reply(status);
     });
   }
   void Refuse(const absl::Status& status) {

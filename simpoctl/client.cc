@@ -202,7 +202,7 @@ absl::StatusOr<std::string> TokenFor(const std::string& address, const std::stri
   return token;
 }
 
-Client::Client(std::string address, std::string command, Credentials credentials)
+Client::Client(std::string address, std::string command, const Credentials& credentials)
     : address_(std::move(address)),
       command_(std::move(command)),
       stub_(v1::TrainingService::NewStub(MakeChannel(address_, credentials))) {}

@@ -38,7 +38,7 @@ class Client {
     TlsTexts texts;  // of `tls`
   };
   // `command` is how this coordinator is reached again, for advice: "simpoctl" and the flags it needs.
-  Client(std::string address, std::string command, Credentials credentials = {});
+  Client(std::string address, std::string command, const Credentials& credentials = {});
 
   const std::string& address() const { return address_; }
   const std::string& command() const { return command_; }
