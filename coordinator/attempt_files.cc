@@ -45,7 +45,11 @@ absl::StatusOr<T> ReadJson(const std::filesystem::path& path, Decode decode) {
 absl::Status WriteAttemptSpec(const AttemptFiles& files, const AttemptSpec& spec) {
   nlohmann::json json;
   to_json(json, spec);
-  return WriteFileAtomically(files.Spec(), json.dump(2) + "\n");
+  try {
+    return WriteFileAtomically(files.Spec(), json.dump(2) + "\n");
+  } catch (const nlohmann::json::exception& error) {  // a path that is not UTF-8
+    return absl::InvalidArgumentError(absl::StrCat("cannot write ", files.Spec().string(), ": ", error.what()));
+  }
 }
 
 absl::StatusOr<AttemptSpec> ReadAttemptSpec(const AttemptFiles& files) {

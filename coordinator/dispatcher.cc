@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
 #include "common/status_macros.h"
+#include "common/text.h"
 #include "coordinator/placement.h"
 #include "coordinator/rpc_errors.h"
 
@@ -223,7 +225,9 @@ void Dispatcher::TakeStoredTimes(JobRecord& record, Moment now) const {
     record.started_ms = record.seen_ms = stored(attempt.start_time());
     if (!attempt.has_end_time()) continue;
     record.waiting_since_ms = stored(attempt.end_time());
-    record.run_before_ms += std::max<int64_t>(0, record.waiting_since_ms - record.started_ms);
+    record.run_before_ms += attempt.has_run_seconds()
+                                ? std::llround(1000 * attempt.run_seconds())
+                                : std::max<int64_t>(0, record.waiting_since_ms - record.started_ms);
   }
 }
 
@@ -274,7 +278,7 @@ void Dispatcher::AddEvent(JobRecord& record, const std::string& type, const std:
   event.set_sequence(++record.last_event);
   *event.mutable_time() = ToTimestamp(unix_ms);
   event.set_type(type);
-  event.set_message(message);
+  event.set_message(ToUtf8(message, kMaxReasonBytes));  // a file that is named in it may be called anything
   event.set_attempt(record.job.attempt());
   event.set_state(record.job.state());
   Write(jobs_.AddEvent(record.sequence, event, metrics_.stored_sequence()));
@@ -293,7 +297,7 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
   }
   if (transition->next == state) return true;
   record.job.set_state(transition->next);
-  record.job.set_reason(reason);
+  record.job.set_reason(ToUtf8(reason, kMaxReasonBytes));
   if (IsFinal(transition->next)) {
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
     live_.erase(record.sequence);
@@ -550,7 +554,7 @@ void Dispatcher::SetDrained(const std::string& node, const std::string& reason, 
       JobRecord& record = *records_.at(sequence);
       const v1::JobState state = record.job.state();
       if (state != v1::JOB_STATE_LAUNCHING && state != v1::JOB_STATE_RUNNING) continue;  // is leaving already
-      Preempt(record, absl::StrCat("node ", node, " is drained: ", reason), now);
+      Preempt(record, absl::StrCat("node ", node, " was drained: ", reason), now);
     }
   }
   acknowledgements_.push_back([this, index = named->second, done = std::move(done)](const absl::Status& status) {

@@ -68,6 +68,8 @@ class Dispatcher {
     Histogram commit_seconds;
     int64_t points = 0;  // taken since this coordinator began
   };
+  static constexpr size_t kMaxReasonBytes = 8192;  // of a job, an attempt or an event, in UTF-8
+
   using SubmitDone = std::function<void(absl::StatusOr<v1::SubmitJobResponse>)>;
   using CancelDone = std::function<void(absl::StatusOr<v1::CancelJobResponse>)>;
   using CheckpointDone = std::function<void(absl::StatusOr<v1::CheckpointJobResponse>)>;

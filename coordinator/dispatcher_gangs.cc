@@ -333,8 +333,10 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
   }
   const std::string message = ToUtf8(event.message(), kMaxEventMessageBytes);
   const bool well_formed = !event.type().empty() && event.type().size() <= kMaxEventTypeBytes;
-  if (!well_formed || record.worker_events.size() >= kMaxEventsOfAnAttempt) return;
-  if (!record.worker_events.insert(EventKey(event.type(), message)).second) return;
+  if (!well_formed) return;
+  const bool full = record.worker_events.size() >= kMaxEventsOfAnAttempt;
+  if (full && event.type() != "checkpoint") return;
+  if (!full && !record.worker_events.insert(EventKey(event.type(), message)).second) return;
   const int64_t time_ms = event.has_time() && IsTime(event.time()) ? UnixMillis(event.time()) : now.unix_ms;
   if (event.type() == "checkpoint" && event.step() > 0) {
     record.job.mutable_progress()->set_checkpoint_step(event.step());
@@ -345,7 +347,14 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
     record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));
     Write(jobs_.PutAttempt(record.sequence, record.attempts.back()));
   }
-  AddEvent(record, event.type(), message, time_ms);
+  if (!full) AddEvent(record, event.type(), message, time_ms);
+  if (record.worker_events.size() == kMaxEventsOfAnAttempt && !full) {
+    AddEvent(record, "events_left_out",
+             absl::StrCat("attempt ", record.job.attempt(), " has told of ", kMaxEventsOfAnAttempt,
+                          " events; what else it tells is not kept"),
+             now.unix_ms);
+  }
+  Changed(record);
   Write(jobs_.UpdateJob(record.sequence, record.job));
 }
 
@@ -584,10 +593,12 @@ void Dispatcher::EndAttempt(JobRecord& record, const AttemptEnd& end, const std:
   const int64_t ended_unix_ms = now.unix_ms - (EvenMillis(now) - ended_ms);
   *attempt.mutable_end_time() = ToTimestamp(std::max(ended_unix_ms, UnixMillis(attempt.start_time())));
   record.waiting_since_ms = ended_ms;
-  record.run_before_ms = RunMillis(record, record.waiting_since_ms);
+  const int64_t run_ms = RunMillis(record, ended_ms);
+  attempt.set_run_seconds(static_cast<double>(run_ms - record.run_before_ms) / 1000);
+  record.run_before_ms = run_ms;
   record.started_ms = record.waiting_since_ms;
   if (end.exit_code) attempt.set_exit_code(*end.exit_code);
-  attempt.set_reason(why);
+  attempt.set_reason(ToUtf8(why, kMaxReasonBytes));
   attempt.set_preempted(preempted);
   if (!done && !refused && !asked) attempt.set_fault(of_machine ? v1::FAULT_KIND_MACHINE : v1::FAULT_KIND_JOB);
   Write(jobs_.PutAttempt(record.sequence, attempt));

@@ -242,11 +242,9 @@ absl::Status MpirunLauncher::EndAttempts(const std::string& job_id) {
     int attempt = 0;
     if (!absl::SimpleAtoi(name, &attempt)) continue;
     SIMPO_ASSIGN_OR_RETURN(const bool held, FileLock::IsHeld(Files(job_id, attempt).Lock()));
-    if (!held) {
-      RemoveScratch(Files(job_id, attempt));
-      continue;
-    }
-    LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
+    if (held)
+      LOG_WARNING(absl::StrCat("job ", job_id, ", attempt ", attempt, " runs, but is not known here; ending it"));
+    // Its supervisor may have gone before its ranks.
     SIMPO_RETURN_IF_ERROR(Kill(job_id, attempt));
   }
   return absl::OkStatus();

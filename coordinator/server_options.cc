@@ -18,6 +18,8 @@
 #include "common/atomic_file.h"
 #include "common/host_name.h"
 #include "common/status_macros.h"
+#include "common/text.h"
+#include "coordinator/allowed_roots.h"
 #include "coordinator/listen_address.h"
 
 namespace simpo {
@@ -276,7 +278,14 @@ absl::Status NoDataDir() {
 
 absl::Status CompleteServerOptions(ServerOptions* options) {
   if (options->data_dir.empty()) return NoDataDir();
-  options->data_dir = fs::absolute(options->data_dir).lexically_normal().string();
+  // By one name whatever it is called: what runs below it is looked for by its path.
+  const fs::path data_dir = fs::absolute(options->data_dir);
+  options->data_dir = WithoutLinks(data_dir).value_or(data_dir.lexically_normal()).string();
+  size_t bad = 0;
+  if (!IsValidUtf8(options->data_dir, &bad)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--data-dir: the name of ", ToUtf8(options->data_dir), " is not UTF-8; choose another folder"));
+  }
   for (std::string ServerOptions::*file :
        {&ServerOptions::tls_cert, &ServerOptions::tls_key, &ServerOptions::tls_client_ca, &ServerOptions::tls_ca}) {
     if (!(options->*file).empty()) options->*file = fs::absolute(options->*file).lexically_normal().string();

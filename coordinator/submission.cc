@@ -124,6 +124,13 @@ void ResolveOutputDir(const AllowedRoots& roots, JobConfig* config, std::vector<
                                         " leads to; name a folder without symbolic links")});
     return;
   }
+  size_t bad = 0;
+  if (!IsValidUtf8(resolved->native(), &bad)) {
+    violations->push_back({"output_dir", 0,
+                           absl::StrCat("'", config->output_dir, "' on ", HostName(), " leads to '",
+                                        OneLine(resolved->native()), "', whose name is not UTF-8; rename it")});
+    return;
+  }
   config->output_dir = resolved->string();
 }
 

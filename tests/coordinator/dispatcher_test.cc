@@ -546,6 +546,65 @@ TEST_F(DispatcherTest, AClockThatIsSetMovesNeitherLimitNorPause) {
   EXPECT_EQ(State(id), "CANCELLING") << "ten minutes have passed in all";
 }
 
+TEST_F(DispatcherTest, AClockThatWasSetMovesNoLimitAfterARestartEither) {
+  for (const auto jump : {std::chrono::hours(24), std::chrono::hours(-24)}) {
+    const std::string id = Start(JobYaml(4, "time_limit: 10m\n"));
+    AttachAll(id, 1, 4);
+    Pass(seconds(30));
+    now_.unix_ms += milliseconds(jump).count();
+    Pass(seconds(30));
+    launcher_.Lose(id, 1, "gone");
+    Pass(seconds(1));
+    ASSERT_EQ(State(id), "RESTARTING");
+    EXPECT_NEAR(views_->FindById(id)->attempts[0].run_seconds(), 60, 1);
+    StartCoordinator();
+    Pass(seconds(2));
+    ASSERT_EQ(State(id), "LAUNCHING");
+    AttachAll(id, 2, 4);
+    Pass(seconds(530));
+    EXPECT_EQ(State(id), "RUNNING");
+    Pass(seconds(20));
+    EXPECT_EQ(State(id), "CANCELLING") << "ten minutes have passed in all";
+    launcher_.End(id, 2, 143);
+    Pass(seconds(1));
+    ASSERT_EQ(State(id), "CANCELLED");
+  }
+}
+
+// A path or a library's words may be any bytes; what is stored with them must be readable for the next coordinator.
+TEST_F(DispatcherTest, AReasonThatIsNotUtf8IsStored) {
+  options_.restart.max_machine_faults = 0;
+  StartCoordinator();
+  launcher_.FailStarts(absl::UnavailableError(absl::StrCat("cannot make the folder \xff", std::string(20'000, 'x'))));
+  const std::string id = Start(JobYaml());
+  ASSERT_EQ(State(id), "FAILED");
+  EXPECT_THAT(Job(id).reason(), HasSubstr("cannot make the folder ?xxx"));
+  EXPECT_LE(Job(id).reason().size(), 8192u);
+  StartCoordinator();
+  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_THAT(views_->FindById(id)->attempts[0].reason(), HasSubstr("cannot make the folder ?xxx"));
+  EXPECT_EQ(EventTypes(id).back(), "failed");
+}
+
+TEST_F(DispatcherTest, CheckpointsAreKnownHoweverManyEventsThereWere) {
+  const std::string id = Start(JobYaml());
+  AttachAll(id, 1, 1);
+  v1::AttachRequest message = EventMessage("advice", "");
+  for (int i = 0; i < 10'010; ++i) {
+    message.mutable_event()->set_message(absl::StrCat("number ", i));
+    dispatcher_->Receive({id, 1, 0}, message, now_);
+  }
+  Flush();
+  EXPECT_EQ(EventTypes(id).back(), "events_left_out");
+  v1::AttachRequest checkpoint = EventMessage("checkpoint", "step 7");
+  checkpoint.mutable_event()->set_step(7);
+  Say(id, 1, 0, checkpoint);
+  EXPECT_EQ(Job(id).progress().checkpoint_step(), 7);
+  EXPECT_EQ(EventTypes(id).back(), "events_left_out");
+  StartCoordinator();
+  EXPECT_EQ(Job(id).progress().checkpoint_step(), 7);
+}
+
 TEST_F(DispatcherTest, TimeInWhichTheCoordinatorDidNotListenIsNobodysSilence) {
   options_.liveness.heartbeat = seconds(20);
   StartCoordinator();

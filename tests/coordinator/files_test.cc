@@ -141,6 +141,19 @@ TEST_F(ServerOptionsTest, EveryMistakeOfTheFileWithItsLine) {
   ASSERT_OK(Parse({}, ""));
 }
 
+// What runs below it is found by its path, also by a coordinator that was given the other name.
+TEST_F(ServerOptionsTest, ADataFolderHasOneNameAndItIsUtf8) {
+  std::filesystem::create_directories(dir_ / "real");
+  std::filesystem::create_symlink(dir_ / "real", dir_ / "link");
+  for (const char* name : {"real/data", "link/data", "link/./data/", "real/x/../data"}) {
+    options_.data_dir = dir_ / name;
+    ASSERT_OK(Complete());
+    EXPECT_EQ(options_.data_dir, (dir_ / "real/data").string()) << name;
+  }
+  options_.data_dir = dir_ / "\xff";
+  EXPECT_THAT(std::string(Complete().message()), AllOf(HasSubstr("--data-dir"), HasSubstr("UTF-8")));
+}
+
 TEST_F(ServerOptionsTest, TheQueueIsSetUpInTheFile) {
   ASSERT_OK(Parse({},
                   "data_dir: d\npreemption: true\nstarvation_minutes: 5\n"

@@ -299,6 +299,18 @@ TEST_F(LauncherTest, WhatIsLeftOfUnknownJobsIsEndedAndRemoved) {
   EXPECT_FALSE(std::filesystem::exists(dir_ / "attempts" / job_id_));
 }
 
+TEST_F(LauncherTest, RanksOfAnUnknownJobAreEndedWithoutTheirSupervisorToo) {
+  Launcher("exit 0", "exec sleep 1000");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  ASSERT_TRUE(Reaches(Phase::kTraining));
+  ASSERT_TRUE(Eventually([&] { return !Processes().empty(); }));
+  ASSERT_OK(SignalProcess(ValueOf(ReadSupervisor(Files())), SIGKILL));
+  ASSERT_TRUE(Reaches(Phase::kLost));
+  ASSERT_FALSE(Processes().empty());
+  launcher_->Sweep([](const std::string&) { return false; });
+  EXPECT_TRUE(Eventually([&] { return Processes().empty(); }));
+}
+
 TEST_F(LauncherTest, ARestartedMachineIsToldFromACrash) {
   Launcher("", "");
   std::filesystem::create_directories(Files().dir);

@@ -102,6 +102,9 @@ TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
     EXPECT_EQ(check(dir / folder).config.output_dir, dir / "real/out") << folder;
   }
   EXPECT_EQ(check("beside").config.output_dir, "beside") << "is chosen by the coordinator";
+  std::filesystem::create_directories(dir / "\xff");
+  std::filesystem::create_symlink(dir / "\xff", dir / "latin");
+  EXPECT_THAT(AllText(check(dir / "latin/out").violations), HasSubstr("not UTF-8")) << "could not be stored";
   EXPECT_THAT(AllText(check(dir / "dangling/out").violations), HasSubstr("output_dir"));
 }
 

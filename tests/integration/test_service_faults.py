@@ -178,7 +178,7 @@ def test_a_drained_node_is_left_with_a_checkpoint(workspace, coordinators, asser
     said = coordinator.ctl("drain", node, "--reason", "new disks").expect(0)
     assert said.stdout == f"Node {node} gets no new gang; 1 job on it\n", said
     job = coordinator.wait_state(job_id, "QUEUED")
-    assert "down or drained" in job["reason"] and "is drained: new disks" in job["attempts"][0]["reason"], job
+    assert "down or drained" in job["reason"] and "was drained: new disks" in job["attempts"][0]["reason"], job
     assert not programs.attempt_pids(coordinator.data_dir)
     assert re.search(r"drained .* new disks", coordinator.ctl("nodes").expect(0).stdout)
     coordinator.kill()
