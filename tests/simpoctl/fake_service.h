@@ -27,9 +27,16 @@ class FakeService final : public v1::TrainingService::Service {
     EXPECT_NE(port, 0);
     address_ = "127.0.0.1:" + std::to_string(port);
   }
-  ~FakeService() override { server_->Shutdown(std::chrono::system_clock::now()); }
+  ~FakeService() override {
+    server_->Shutdown(std::chrono::system_clock::now());
+    Settle();
+  }
 
-  const std::string& address() const { return address_; }
+  // Asked for after the handlers are set: a call that comes by it sees them.
+  const std::string& address() const {
+    Settle();
+    return address_;
+  }
   // After a call has ended: what its handler did is there to be read, and the handlers below may be changed. (The
   // answer says so too, but gRPC is not built with the thread sanitizer, which cannot see that.)
   void Settle() const { const std::lock_guard lock(mutex_); }
@@ -62,6 +69,7 @@ class FakeService final : public v1::TrainingService::Service {
   }
   grpc::Status CheckpointJob(grpc::ServerContext*, const v1::CheckpointJobRequest* request,
                              v1::CheckpointJobResponse* response) override {
+    const Handler handler(*this);
     return on_checkpoint(*request, response);
   }
   grpc::Status WatchJob(grpc::ServerContext* context, const v1::WatchJobRequest* request,

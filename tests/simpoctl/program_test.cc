@@ -48,6 +48,7 @@ TEST(Program, WaitingForACheckpointEndsWithTheAttempt) {
     return grpc::Status::OK;
   };
   const Outcome outcome = RunSimpoctl(service.address(), "checkpoint first --wait");
+  service.Settle();
   EXPECT_EQ(outcome.code, 1);
   EXPECT_THAT(outcome.err, HasSubstr("is RUNNING in attempt 2 and has written no checkpoint since it was asked in "
                                      "attempt 1"));
