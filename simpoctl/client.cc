@@ -296,7 +296,7 @@ std::chrono::system_clock::time_point Reconnect::StreamDeadline() const {
 
 void Reconnect::Alive() {
   if (lost_) say_("Connected again.\n");
-  ever_alive_ = true;
+  was_there_ = true;
   lost_ = false;
   pause_ = milliseconds(250);
 }
@@ -304,9 +304,9 @@ void Reconnect::Alive() {
 absl::Status Reconnect::Next(const grpc::Status& ended) {
   if (interrupt_.Requested()) return absl::CancelledError("detached");
   switch (ended.error_code()) {
-    case grpc::StatusCode::DEADLINE_EXCEEDED:
-      if (!lost_) return absl::OkStatus();  // the stream's own time; opened again at once
-      break;
+    case grpc::StatusCode::DEADLINE_EXCEEDED:  // the stream's own time, in which the connection was kept alive
+      Alive();
+      return absl::OkStatus();
     case grpc::StatusCode::OK:         // a coordinator that shuts down in order
     case grpc::StatusCode::CANCELLED:  // the same, out of patience
     case grpc::StatusCode::UNKNOWN:    // a stream cut in the middle
@@ -316,12 +316,14 @@ absl::Status Reconnect::Next(const grpc::Status& ended) {
       return client_.ToStatus(ended);
   }
   const auto now = Clock::now();
-  const bool was_there = ever_alive_ || (ended.error_code() == grpc::StatusCode::UNAVAILABLE && !NeverConnected(ended));
-  if (!was_there && !ended.ok()) return client_.ToStatus(ended);
+  was_there_ |= ended.ok() || (ended.error_code() == grpc::StatusCode::UNAVAILABLE && !NeverConnected(ended));
+  if (!was_there_) return client_.ToStatus(ended);
   if (!lost_) {
     lost_ = true;
     lost_since_ = now;
-    say_(absl::StrCat("Lost the coordinator at ", client_.address(),
+    const std::string said =
+        ended.error_details().empty() ? "" : absl::StrCat(" (", OneLine(ended.error_message()), ")");
+    say_(absl::StrCat("Lost the coordinator at ", client_.address(), said,
                       "; a running job goes on without it. Connecting again ...\n"));
   } else if (now - lost_since_ > kReconnectFor) {
     return client_.ToStatus(

@@ -85,7 +85,7 @@ class Reconnect {
   const Client& client_;
   Interrupt& interrupt_;
   std::function<void(std::string_view)> say_;
-  bool ever_alive_ = false;
+  bool was_there_ = false;  // a first connection that fails is no loss
   bool lost_ = false;
   Clock::time_point lost_since_;
   std::chrono::milliseconds pause_{250};

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simpoctl/exit_codes.h"
+#include "simpoctl/interrupt.h"
 #include "tests/simpoctl/fake_service.h"
 
 namespace simpo {
@@ -15,7 +16,10 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
 
 TEST(Client, SubmitIsAskedAgainWithTheSameRequestId) {
   FakeService service;
@@ -61,6 +65,43 @@ TEST(Client, NobodyThereIsOneMessageWithTheRemedy) {
               AllOf(HasSubstr("cannot reach the coordinator at " + address + " (Connection refused)"),
                     HasSubstr("simpo-coordinator --data-dir"), HasSubstr("SIMPO_ADDRESS")));
   EXPECT_EQ(ExitCodeOf(status), kExitError);
+}
+
+class ReconnectTest : public ::testing::Test {
+ protected:
+  const grpc::Status refused_{grpc::StatusCode::UNAVAILABLE, "failed to connect to all addresses: Connection refused"};
+  const Client client_{"127.0.0.1:1", "simpoctl"};
+  Interrupt interrupt_;
+  std::string said_;
+  Reconnect reconnect_{client_, interrupt_, [this](std::string_view text) { said_ += text; }};
+};
+
+TEST_F(ReconnectTest, WhoNeverWasThereIsNotWaitedFor) {
+  EXPECT_EQ(reconnect_.Next(refused_).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(said_, "");
+}
+
+// A stream may have had nothing to say: the log of a job that has not begun.
+TEST_F(ReconnectTest, AStreamThatBreaksBeforeItsFirstWordIsALoss) {
+  EXPECT_TRUE(reconnect_.Next(grpc::Status(grpc::StatusCode::UNAVAILABLE, "Socket closed")).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_THAT(said_, AllOf(StartsWith("Lost the coordinator"), Not(HasSubstr("Connected again"))));
+}
+
+TEST_F(ReconnectTest, OneThatEndsInOrderBeforeItsFirstWordToo) {
+  EXPECT_TRUE(reconnect_.Next(grpc::Status::OK).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+}
+
+// A stream that ran until its own time was connected all along.
+TEST_F(ReconnectTest, AStreamWithoutAWordUntilItsTimeIsOverIsNoLoss) {
+  const grpc::Status late(grpc::StatusCode::DEADLINE_EXCEEDED, "Deadline Exceeded");
+  EXPECT_TRUE(reconnect_.Next(late).ok());
+  EXPECT_EQ(said_, "");
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_TRUE(reconnect_.Next(late).ok());
+  EXPECT_THAT(said_, EndsWith("Connected again.\n"));
 }
 
 TEST(Client, AnOlderServerIsNamed) {
