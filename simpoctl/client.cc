@@ -100,17 +100,32 @@ std::string ShortCause(const std::string& message) {
   return OneLine(wrapped && colon != std::string::npos ? message.substr(colon + 2) : message);
 }
 
-// What the words of a failed handshake mean.
-std::string TlsHint(const std::string& message) {
+// What to do about a connection that failed with these words.
+std::string Remedy(const std::string& message, bool tls, bool has_certificate) {
   const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
+  if (says("Connection refused")) {
+    return "Start it (simpo-coordinator --data-dir DIR), or name another one with --address or SIMPO_ADDRESS";
+  }
   if (says("certificate verify failed")) {
-    return ". Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
+    return "Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
   }
-  if (says("wrong version number")) return ". It has no TLS: leave out --ca (SIMPO_CA)";
+  if (says("wrong version number")) {
+    return "It has no TLS: leave out --ca (SIMPO_CA), unless this is the port of its web page; gRPC is 7077 by default";
+  }
   if (says("Hostname Verification Check failed")) {
-    return ". Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
+    return "Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
   }
-  return says("Socket closed") ? ". If it has TLS, name its authority with --ca (SIMPO_CA)" : "";
+  if (says("http1.x server")) {
+    return "That may be the port of its web page: name that of gRPC, by default 7077, with --address or SIMPO_ADDRESS";
+  }
+  if (says("Socket closed") || says("Connection reset")) {
+    if (!tls) return "If it has TLS, name its authority with --ca (SIMPO_CA)";
+    if (has_certificate) {
+      return "It may not accept your certificate (--cert, SIMPO_CERT): is that of the authority which it asks for "
+             "(client_ca)?";
+    }
+  }
+  return "Look whether it runs, and whether --address or SIMPO_ADDRESS names it";
 }
 
 // One call, asked again while the connection breaks: none of them does harm when it comes twice. `unknown` is of a
@@ -145,7 +160,7 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
     }
     if (!lost && !late) return client.ToStatus(status);
     const grpc::StatusCode code = late ? grpc::StatusCode::DEADLINE_EXCEEDED : grpc::StatusCode::UNAVAILABLE;
-    absl::Status error = client.ToStatus(grpc::Status(code, status.error_message()));
+    absl::Status error = client.ToStatus(grpc::Status(code, status.error_message(), status.error_details()));
     if (!said.empty() && said != status.error_message()) {
       error = absl::Status(error.code(), absl::StrCat(error.message(), ". Before, it said: ", OneLine(said)));
     }
@@ -167,10 +182,10 @@ absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag) {
   }
   const size_t colon = address.rfind(':');
   int port = 0;
-  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(address.substr(colon + 1), &port) || port < 1 ||
-      port > 65535) {
+  if (colon == std::string::npos || colon == 0 || address.find("://") != std::string::npos ||
+      !absl::SimpleAtoi(address.substr(colon + 1), &port) || port < 1 || port > 65535) {
     return absl::InvalidArgumentError(
-        absl::StrCat(source, " is '", OneLine(address), "'; it must be HOST:PORT, as ", kDefaultAddress));
+        absl::StrCat(source, " is '", OneLine(address), "'; it must be HOST:PORT alone, as ", kDefaultAddress));
   }
   return address;
 }
@@ -205,6 +220,8 @@ absl::StatusOr<std::string> TokenFor(const std::string& address, const std::stri
 Client::Client(std::string address, std::string command, const Credentials& credentials)
     : address_(std::move(address)),
       command_(std::move(command)),
+      tls_(!credentials.texts.ca.empty()),
+      has_certificate_(!credentials.texts.cert.empty()),
       stub_(v1::TrainingService::NewStub(MakeChannel(address_, credentials))) {}
 
 absl::Status Client::ToStatus(const grpc::Status& status) const {
@@ -212,11 +229,14 @@ absl::Status Client::ToStatus(const grpc::Status& status) const {
   const auto code = static_cast<absl::StatusCode>(status.error_code());
   switch (status.error_code()) {
     case grpc::StatusCode::UNAVAILABLE:
-      return absl::UnavailableError(
-          absl::StrCat("cannot reach the coordinator at ", address_, " (", ShortCause(status.error_message()),
-                       "). Start it (simpo-coordinator --data-dir DIR), or name another one with --address or "
-                       "SIMPO_ADDRESS",
-                       TlsHint(status.error_message())));
+      // Only its own errors have details.
+      if (!status.error_details().empty()) {
+        return absl::UnavailableError(
+            absl::StrCat("the coordinator at ", address_, " answered: ", OneLine(status.error_message())));
+      }
+      return absl::UnavailableError(absl::StrCat("cannot reach the coordinator at ", address_, " (",
+                                                 ShortCause(status.error_message()), "). ",
+                                                 Remedy(status.error_message(), tls_, has_certificate_)));
     case grpc::StatusCode::DEADLINE_EXCEEDED:
       return absl::DeadlineExceededError(
           absl::StrCat("the coordinator at ", address_, " did not answer in time; look at its log, then try again"));

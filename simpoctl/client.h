@@ -62,6 +62,8 @@ class Client {
  private:
   std::string address_;
   std::string command_;
+  bool tls_ = false;
+  bool has_certificate_ = false;
   std::unique_ptr<v1::TrainingService::Stub> stub_;
 };
 
