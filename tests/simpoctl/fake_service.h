@@ -44,6 +44,7 @@ class FakeService final : public v1::TrainingService::Service {
   std::function<void(const grpc::ServerContext&)> on_call = [](const grpc::ServerContext&) {};
   std::function<grpc::Status(const v1::SubmitJobRequest&, v1::SubmitJobResponse*)> on_submit;
   std::function<grpc::Status(const v1::GetJobRequest&, v1::GetJobResponse*)> on_get;
+  std::function<grpc::Status(const v1::ListJobsRequest&, v1::ListJobsResponse*)> on_list;
   std::function<grpc::Status(const v1::CheckpointJobRequest&, v1::CheckpointJobResponse*)> on_checkpoint;
   std::function<grpc::Status(grpc::ServerContext*, const v1::WatchJobRequest&,
                              grpc::ServerWriter<v1::WatchJobResponse>*)>
@@ -66,6 +67,11 @@ class FakeService final : public v1::TrainingService::Service {
     const Handler handler(*this);
     on_call(*context);
     return on_get(*request, response);
+  }
+  grpc::Status ListJobs(grpc::ServerContext*, const v1::ListJobsRequest* request,
+                        v1::ListJobsResponse* response) override {
+    const Handler handler(*this);
+    return on_list(*request, response);
   }
   grpc::Status CheckpointJob(grpc::ServerContext*, const v1::CheckpointJobRequest* request,
                              v1::CheckpointJobResponse* response) override {

@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "tests/simpoctl/fake_service.h"
@@ -54,6 +56,29 @@ TEST(Program, WaitingForACheckpointEndsWithTheAttempt) {
                                      "attempt 1"));
 }
 
+TEST(Program, ListSaysThatThereAreMoreAndAsksForLabels) {
+  FakeService service;
+  std::vector<v1::ListJobsRequest> asked;
+  service.on_list = [&](const v1::ListJobsRequest& request, v1::ListJobsResponse* response) {
+    asked.push_back(request);
+    for (int i = 0; i < std::min(request.page_size(), 3); ++i) *response->add_jobs() = RunningJob();
+    if (request.page_size() < 3) response->set_next_page_token("7");
+    return grpc::Status::OK;
+  };
+  Outcome outcome = RunSimpoctl(service.address(), "list --limit 2 -o name --label team=a=b --label x=");
+  service.Settle();
+  EXPECT_EQ(outcome.code, 0);
+  EXPECT_EQ(outcome.out, "ab12cd\nab12cd\n");
+  EXPECT_EQ(outcome.err, "These are the newest 2; there are more. See --limit, --state, --user, --label\n");
+  ASSERT_EQ(asked.size(), 1u);
+  EXPECT_EQ(asked[0].labels_size(), 2);
+  EXPECT_EQ(asked[0].labels().at("team"), "a=b");
+  EXPECT_EQ(asked[0].labels().at("x"), "");
+  outcome = RunSimpoctl(service.address(), "list");
+  EXPECT_THAT(outcome.out, HasSubstr("ab12cd"));
+  EXPECT_EQ(outcome.err, "");
+}
+
 TEST(Program, DryRunShowsTheWholeJob) {
   const std::string paper = Simpoctl(DryRun("paper-recipe.yaml") + "-o yaml --set beta=2.5").out;
   for (const char* line : {"\nbeta: 2.5\n", "\nglobal_batch_size: 32\n", "\ntorch_dtype: \"bfloat16\"\n",
@@ -94,6 +119,9 @@ TEST(Program, BadUsage) {
                                 "submit a.yaml --wait --follow",
                                 "--address nonsense list",
                                 "list --state sleeping",
+                                "list --label team",
+                                "list --label =a",
+                                "list --label a=1 --label a=2",
                                 "completion fish",
                                 "help nothing",
                                 "wait x --timeout -1",
@@ -153,6 +181,7 @@ TEST(Program, CompletionOffersCommandsAndOptions) {
   EXPECT_EQ(BashCompletion("sub"), "submit\n");
   EXPECT_EQ(BashCompletion("submit --dr"), "--dry-run\n");
   EXPECT_EQ(BashCompletion("--address h:1 logs --foll"), "--follow\n");
+  EXPECT_EQ(BashCompletion("--ca ca.pem list --lab"), "--label\n");
   EXPECT_EQ(BashCompletion("help j"), "job-file\n");
   EXPECT_THAT(Simpoctl("completion zsh").out, AllOf(StartsWith("#compdef simpoctl\n"), HasSubstr("--dry-run")));
 }
