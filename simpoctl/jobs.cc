@@ -139,7 +139,8 @@ absl::StatusOr<int> Cancel(Client& client, const JobOptions& options) {
   request.set_job_id(job.id());
   SIMPO_ASSIGN_OR_RETURN(const v1::CancelJobResponse response, client.Cancel(request));
   const v1::JobState state = response.job().state();
-  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") ", StateName(state), "\n"));
+  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") ",
+                        IsFinal(job.state()) ? "had already ended: " : "", StateName(state), "\n"));
   if (!IsFinal(state)) PrintErr(absl::StrCat("See it end with: ", client.command(), " wait ", job.id(), "\n"));
   return kExitOk;
 }

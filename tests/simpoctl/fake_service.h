@@ -45,6 +45,7 @@ class FakeService final : public v1::TrainingService::Service {
   std::function<grpc::Status(const v1::SubmitJobRequest&, v1::SubmitJobResponse*)> on_submit;
   std::function<grpc::Status(const v1::GetJobRequest&, v1::GetJobResponse*)> on_get;
   std::function<grpc::Status(const v1::ListJobsRequest&, v1::ListJobsResponse*)> on_list;
+  std::function<grpc::Status(const v1::CancelJobRequest&, v1::CancelJobResponse*)> on_cancel;
   std::function<grpc::Status(const v1::CheckpointJobRequest&, v1::CheckpointJobResponse*)> on_checkpoint;
   std::function<grpc::Status(grpc::ServerContext*, const v1::WatchJobRequest&,
                              grpc::ServerWriter<v1::WatchJobResponse>*)>
@@ -72,6 +73,11 @@ class FakeService final : public v1::TrainingService::Service {
                         v1::ListJobsResponse* response) override {
     const Handler handler(*this);
     return on_list(*request, response);
+  }
+  grpc::Status CancelJob(grpc::ServerContext*, const v1::CancelJobRequest* request,
+                         v1::CancelJobResponse* response) override {
+    const Handler handler(*this);
+    return on_cancel(*request, response);
   }
   grpc::Status CheckpointJob(grpc::ServerContext*, const v1::CheckpointJobRequest* request,
                              v1::CheckpointJobResponse* response) override {

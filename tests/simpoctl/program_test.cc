@@ -79,6 +79,35 @@ TEST(Program, ListSaysThatThereAreMoreAndAsksForLabels) {
   EXPECT_EQ(outcome.err, "");
 }
 
+TEST(Program, CancelSaysThatAJobHadEndedAlready) {
+  FakeService service;
+  service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse* response) {
+    *response->mutable_job() = EndedJob(v1::JOB_STATE_FAILED);
+    return grpc::Status::OK;
+  };
+  service.on_cancel = [](const v1::CancelJobRequest&, v1::CancelJobResponse* response) {
+    *response->mutable_job() = EndedJob(v1::JOB_STATE_FAILED);
+    return grpc::Status::OK;
+  };
+  EXPECT_EQ(RunSimpoctl(service.address(), "cancel first").out, "Job ab12cd (first) had already ended: FAILED\n");
+}
+
+// Both streams in one file: in the order in which they were written.
+TEST(Program, AMessageStandsAfterWhatItIsAbout) {
+  FakeService service;
+  service.on_submit = [](const v1::SubmitJobRequest&, v1::SubmitJobResponse* response) {
+    *response->mutable_job() = RunningJob();
+    return grpc::Status::OK;
+  };
+  const std::string file = absl::StrCat(::testing::TempDir(), "/simpoctl_both_", getpid());
+  const std::string text =
+      RunSimpoctl(service.address(), absl::StrCat("submit ", SIMPOCTL_TESTDATA, "/short-recipe.yaml >", file,
+                                                  " 2>&1; cat ", file, "; rm ", file))
+          .out;
+  ASSERT_THAT(text, AllOf(HasSubstr("submitted: RUNNING"), HasSubstr("Next:")));
+  EXPECT_LT(text.find("submitted: RUNNING"), text.find("Next:")) << text;
+}
+
 TEST(Program, DryRunShowsTheWholeJob) {
   const std::string paper = Simpoctl(DryRun("paper-recipe.yaml") + "-o yaml --set beta=2.5").out;
   for (const char* line : {"\nbeta: 2.5\n", "\nglobal_batch_size: 32\n", "\ntorch_dtype: \"bfloat16\"\n",
