@@ -153,6 +153,13 @@ void Parser::Apply(const JobEntry& entry) {
     if (!is_new) return Wrong(entry, absl::StrCat("says the same as ", earlier->second, "; keep one"));
     return Set(row, entry);
   }
+  for (const std::string_view map :
+       {"labels", "dataset_mixer", "eval_dataset_mixer"}) {  // their keys are the user's own
+    if (entry.key.size() <= map.size() || !entry.key.starts_with(map) || entry.key[map.size()] != '.') continue;
+    return Wrong(entry, absl::StrCat("unknown key; write the whole map, as ", std::string(map),
+                                     entry.line == 0 ? "=" : ": ", "{", OneLine(entry.key.substr(map.size() + 1), 80),
+                                     ": ", OneLine(ScalarText(entry.value), 80), "}"));
+  }
   const std::string nearest = reading_.IsFull() ? "" : NearestKey(entry.key);  // takes its time
   Wrong(entry, nearest.empty() ? "unknown key (see: simpoctl help job-file)"
                                : absl::StrCat("unknown key; did you mean ", nearest, "?"));
@@ -282,7 +289,10 @@ void Parser::SetNumber(const JobKeyRow& row, const JobEntry& entry, const std::s
     value = ToDuration(text);
     if (!value) return MustBe(entry, absl::StrCat("a time such as 90s, 15m, 2h or 1d, not '", shown, "'"));
   }
-  if (!value) return MustBe(entry, absl::StrCat("a number (", std::string(row.key.type), "), not '", shown, "'"));
+  if (!value) {
+    const char* expected = row.key.type == "integer" ? "a whole number" : "a number";
+    return MustBe(entry, absl::StrCat(expected, ", not '", shown, "'"));
+  }
   if (const std::optional<std::string> problem = CheckRange(row.key.range, *value)) return Wrong(entry, *problem);
   if (const auto* field = std::get_if<double JobConfig::*>(&row.field)) {
     config_.** field = *value;

@@ -23,7 +23,7 @@ struct TlsTexts {
 // From SIMPO_CA, SIMPO_CERT, SIMPO_KEY and SIMPO_TLS_NAME.
 TlsFiles TlsFilesOfEnvironment();
 
-// INVALID_ARGUMENT names the file that cannot be read, or says what is missing.
+// INVALID_ARGUMENT names the file that cannot be used, or says what is missing.
 absl::StatusOr<TlsTexts> ReadTlsFiles(const TlsFiles& files);
 
 }  // namespace simpo

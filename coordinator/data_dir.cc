@@ -102,12 +102,15 @@ absl::Status CopyDatabases(const fs::path& dir, const fs::path& target) {
   return SyncToDisk(target);
 }
 
-// Their hashes; without them a restored coordinator would let anybody in, or nobody.
+// Their hashes, and that tokens are asked for: without the mark a coordinator that is restored without the hashes would
+// let anybody in.
 absl::Status CopyTokens(const fs::path& dir, const fs::path& target) {
+  const std::string mark = absl::StrCat(kTokensFile, ".required");  // see TokenStore
   const absl::StatusOr<std::string> tokens = ReadFile(dir / kTokensFile, /*max_bytes=*/1 << 26);
-  if (absl::IsNotFound(tokens.status())) return absl::OkStatus();
-  if (!tokens.ok()) return tokens.status();
-  return WriteFileAtomically(target / kTokensFile, *tokens, 0600);
+  if (!tokens.ok() && !absl::IsNotFound(tokens.status())) return tokens.status();
+  if (tokens.ok()) SIMPO_RETURN_IF_ERROR(WriteFileAtomically(target / kTokensFile, *tokens, 0600));
+  if (!tokens.ok() && !fs::exists(dir / mark)) return absl::OkStatus();
+  return WriteFileAtomically(target / mark, "", 0600);
 }
 
 }  // namespace

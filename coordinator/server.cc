@@ -140,8 +140,14 @@ class ServerImpl final : public Server {
  private:
   absl::Status OpenStores() {
     const fs::path dir = options_.data_dir;
+    const bool is_new = !fs::exists(dir / kJobsFile);
     SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(dir / kJobsFile));
     SIMPO_ASSIGN_OR_RETURN(jobs_, JobStore::Open(*database_));
+    if (!is_new && !fs::exists(dir / kMetricsFile)) {  // that of an older coordinator was moved to it just now
+      LOG_WARNING(absl::StrCat("there is ", (dir / kJobsFile).string(), " but no ", kMetricsFile,
+                               " beside it: the steps of its jobs are gone. After a restore, stop the coordinator and "
+                               "put both copies there"));
+    }
     SIMPO_ASSIGN_OR_RETURN(metrics_, MetricStore::Open(dir / kMetricsFile));
     return absl::OkStatus();
   }

@@ -47,7 +47,7 @@ constexpr char kBashHead[] =
     "  COMPREPLY=()\n"
     "  for ((i = 1; i < COMP_CWORD; i++)); do\n"
     "    case ${COMP_WORDS[i]} in\n"
-    "      --address) ((i++)) ;;\n"
+    "      --address|--token-file|--ca|--cert|--key) ((i++)) ;;\n"
     "      -*) ;;\n"
     "      *) command=${COMP_WORDS[i]}; break ;;\n"
     "    esac\n"

@@ -100,17 +100,32 @@ std::string ShortCause(const std::string& message) {
   return OneLine(wrapped && colon != std::string::npos ? message.substr(colon + 2) : message);
 }
 
-// What the words of a failed handshake mean.
-std::string TlsHint(const std::string& message) {
+// What to do about a connection that failed with these words.
+std::string Remedy(const std::string& message, bool tls, bool has_certificate) {
   const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
+  if (says("Connection refused")) {
+    return "Start it (simpo-coordinator --data-dir DIR), or name another one with --address or SIMPO_ADDRESS";
+  }
   if (says("certificate verify failed")) {
-    return ". Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
+    return "Its certificate is not of the authority that --ca (SIMPO_CA) names, or has expired";
   }
-  if (says("wrong version number")) return ". It has no TLS: leave out --ca (SIMPO_CA)";
+  if (says("wrong version number")) {
+    return "It has no TLS: leave out --ca (SIMPO_CA), unless this is the port of its web page; gRPC is 7077 by default";
+  }
   if (says("Hostname Verification Check failed")) {
-    return ". Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
+    return "Its certificate is for another name: use that in --address, or set SIMPO_TLS_NAME";
   }
-  return says("Socket closed") ? ". If it has TLS, name its authority with --ca (SIMPO_CA)" : "";
+  if (says("http1.x server")) {
+    return "That may be the port of its web page: name that of gRPC, by default 7077, with --address or SIMPO_ADDRESS";
+  }
+  if (says("Socket closed") || says("Connection reset")) {
+    if (!tls) return "If it has TLS, name its authority with --ca (SIMPO_CA)";
+    if (has_certificate) {
+      return "It may not accept your certificate (--cert, SIMPO_CERT): is that of the authority which it asks for "
+             "(client_ca)?";
+    }
+  }
+  return "Look whether it runs, and whether --address or SIMPO_ADDRESS names it";
 }
 
 // One call, asked again while the connection breaks: none of them does harm when it comes twice. `unknown` is of a
@@ -145,7 +160,7 @@ absl::StatusOr<Response> Call(const Client& client, v1::TrainingService::Stub* s
     }
     if (!lost && !late) return client.ToStatus(status);
     const grpc::StatusCode code = late ? grpc::StatusCode::DEADLINE_EXCEEDED : grpc::StatusCode::UNAVAILABLE;
-    absl::Status error = client.ToStatus(grpc::Status(code, status.error_message()));
+    absl::Status error = client.ToStatus(grpc::Status(code, status.error_message(), status.error_details()));
     if (!said.empty() && said != status.error_message()) {
       error = absl::Status(error.code(), absl::StrCat(error.message(), ". Before, it said: ", OneLine(said)));
     }
@@ -167,10 +182,10 @@ absl::StatusOr<std::string> CoordinatorAddress(const std::string& flag) {
   }
   const size_t colon = address.rfind(':');
   int port = 0;
-  if (colon == std::string::npos || colon == 0 || !absl::SimpleAtoi(address.substr(colon + 1), &port) || port < 1 ||
-      port > 65535) {
+  if (colon == std::string::npos || colon == 0 || address.find("://") != std::string::npos ||
+      !absl::SimpleAtoi(address.substr(colon + 1), &port) || port < 1 || port > 65535) {
     return absl::InvalidArgumentError(
-        absl::StrCat(source, " is '", OneLine(address), "'; it must be HOST:PORT, as ", kDefaultAddress));
+        absl::StrCat(source, " is '", OneLine(address), "'; it must be HOST:PORT alone, as ", kDefaultAddress));
   }
   return address;
 }
@@ -205,6 +220,8 @@ absl::StatusOr<std::string> TokenFor(const std::string& address, const std::stri
 Client::Client(std::string address, std::string command, const Credentials& credentials)
     : address_(std::move(address)),
       command_(std::move(command)),
+      tls_(!credentials.texts.ca.empty()),
+      has_certificate_(!credentials.texts.cert.empty()),
       stub_(v1::TrainingService::NewStub(MakeChannel(address_, credentials))) {}
 
 absl::Status Client::ToStatus(const grpc::Status& status) const {
@@ -212,11 +229,14 @@ absl::Status Client::ToStatus(const grpc::Status& status) const {
   const auto code = static_cast<absl::StatusCode>(status.error_code());
   switch (status.error_code()) {
     case grpc::StatusCode::UNAVAILABLE:
-      return absl::UnavailableError(
-          absl::StrCat("cannot reach the coordinator at ", address_, " (", ShortCause(status.error_message()),
-                       "). Start it (simpo-coordinator --data-dir DIR), or name another one with --address or "
-                       "SIMPO_ADDRESS",
-                       TlsHint(status.error_message())));
+      // Only its own errors have details.
+      if (!status.error_details().empty()) {
+        return absl::UnavailableError(
+            absl::StrCat("the coordinator at ", address_, " answered: ", OneLine(status.error_message())));
+      }
+      return absl::UnavailableError(absl::StrCat("cannot reach the coordinator at ", address_, " (",
+                                                 ShortCause(status.error_message()), "). ",
+                                                 Remedy(status.error_message(), tls_, has_certificate_)));
     case grpc::StatusCode::DEADLINE_EXCEEDED:
       return absl::DeadlineExceededError(
           absl::StrCat("the coordinator at ", address_, " did not answer in time; look at its log, then try again"));
@@ -296,7 +316,7 @@ std::chrono::system_clock::time_point Reconnect::StreamDeadline() const {
 
 void Reconnect::Alive() {
   if (lost_) say_("Connected again.\n");
-  ever_alive_ = true;
+  was_there_ = true;
   lost_ = false;
   pause_ = milliseconds(250);
 }
@@ -304,9 +324,9 @@ void Reconnect::Alive() {
 absl::Status Reconnect::Next(const grpc::Status& ended) {
   if (interrupt_.Requested()) return absl::CancelledError("detached");
   switch (ended.error_code()) {
-    case grpc::StatusCode::DEADLINE_EXCEEDED:
-      if (!lost_) return absl::OkStatus();  // the stream's own time; opened again at once
-      break;
+    case grpc::StatusCode::DEADLINE_EXCEEDED:  // the stream's own time, in which the connection was kept alive
+      Alive();
+      return absl::OkStatus();
     case grpc::StatusCode::OK:         // a coordinator that shuts down in order
     case grpc::StatusCode::CANCELLED:  // the same, out of patience
     case grpc::StatusCode::UNKNOWN:    // a stream cut in the middle
@@ -316,12 +336,14 @@ absl::Status Reconnect::Next(const grpc::Status& ended) {
       return client_.ToStatus(ended);
   }
   const auto now = Clock::now();
-  const bool was_there = ever_alive_ || (ended.error_code() == grpc::StatusCode::UNAVAILABLE && !NeverConnected(ended));
-  if (!was_there && !ended.ok()) return client_.ToStatus(ended);
+  was_there_ |= ended.ok() || (ended.error_code() == grpc::StatusCode::UNAVAILABLE && !NeverConnected(ended));
+  if (!was_there_) return client_.ToStatus(ended);
   if (!lost_) {
     lost_ = true;
     lost_since_ = now;
-    say_(absl::StrCat("Lost the coordinator at ", client_.address(),
+    const std::string said =
+        ended.error_details().empty() ? "" : absl::StrCat(" (", OneLine(ended.error_message()), ")");
+    say_(absl::StrCat("Lost the coordinator at ", client_.address(), said,
                       "; a running job goes on without it. Connecting again ...\n"));
   } else if (now - lost_since_ > kReconnectFor) {
     return client_.ToStatus(

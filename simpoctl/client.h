@@ -62,6 +62,8 @@ class Client {
  private:
   std::string address_;
   std::string command_;
+  bool tls_ = false;
+  bool has_certificate_ = false;
   std::unique_ptr<v1::TrainingService::Stub> stub_;
 };
 
@@ -85,7 +87,7 @@ class Reconnect {
   const Client& client_;
   Interrupt& interrupt_;
   std::function<void(std::string_view)> say_;
-  bool ever_alive_ = false;
+  bool was_there_ = false;  // a first connection that fails is no loss
   bool lost_ = false;
   Clock::time_point lost_since_;
   std::chrono::milliseconds pause_{250};

@@ -30,6 +30,7 @@ class Follower {
 
   absl::StatusOr<int> Run(v1::Job job) {
     job_ = std::move(job);
+    reconnect_.Alive();  // the coordinator has just told of the job
     while (true) {
       const grpc::Status status = ReadStream();
       // How it ended is known; for what a broken stream has not shown of it, there are a few tries.

@@ -275,9 +275,17 @@ std::string NextCommands(const v1::Job& job, const std::string& command, const s
   };
   const std::string& id = job.id();
   if (IsFinal(job.state())) {
-    add("metrics " + id + " -o csv", "every step's values");
-    add("logs " + id, "what rank 0 said");
-    if (job.state() != v1::JOB_STATE_SUCCEEDED) add("logs " + id + " --rank -1", "what the launcher said");
+    const std::string& phase = job.progress().phase();
+    const bool began = !phase.empty() && phase != "prepare";  // its ranks, for certain
+    if (began) {
+      add("metrics " + id + " -o csv", "every step's values");
+      add("logs " + id, "what rank 0 said");
+    }
+    if (job.attempt() > 0 && job.state() != v1::JOB_STATE_SUCCEEDED) {
+      add("logs " + id + " --rank -1",
+          began ? "what the launcher said" : "what the launcher and the checks before said");
+      if (!began) add("logs " + id, "what rank 0 said, if it began");
+    }
     add("get " + id + " -o yaml", "the job file as it ran");
   } else {
     add("watch " + id, "progress, live");

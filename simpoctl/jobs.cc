@@ -23,6 +23,7 @@ constexpr int kLargestPage = 1000;
 struct ListOptions {
   std::vector<std::string> states;
   std::string user;
+  std::vector<std::string> labels;
   int limit = 50;
   std::string output = "table";
 };
@@ -43,7 +44,12 @@ struct JobOptions {
   std::string output = "table";
 };
 
-absl::StatusOr<std::vector<v1::Job>> FetchJobs(Client& client, const ListOptions& options) {
+struct JobList {
+  std::vector<v1::Job> jobs;
+  bool more = false;  // than the limit
+};
+
+absl::StatusOr<JobList> FetchJobs(Client& client, const ListOptions& options) {
   v1::ListJobsRequest request;
   request.set_user(options.user);
   for (const std::string& name : options.states) {
@@ -55,19 +61,32 @@ absl::StatusOr<std::vector<v1::Job>> FetchJobs(Client& client, const ListOptions
     }
     request.add_states(state);
   }
-  std::vector<v1::Job> jobs;
-  while (static_cast<int>(jobs.size()) < options.limit) {
-    request.set_page_size(std::min(kLargestPage, options.limit - static_cast<int>(jobs.size())));
-    SIMPO_ASSIGN_OR_RETURN(v1::ListJobsResponse response, client.ListJobs(request));
-    for (v1::Job& job : *response.mutable_jobs()) jobs.push_back(std::move(job));
-    if (response.next_page_token().empty()) break;
-    request.set_page_token(response.next_page_token());
+  for (const std::string& label : options.labels) {
+    const size_t equals = label.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--label: '", OneLine(label), "' must be KEY=VALUE, as in the labels of a job file"));
+    }
+    const std::string key = label.substr(0, equals);
+    if (!request.mutable_labels()->insert({key, label.substr(equals + 1)}).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--label: '", OneLine(key), "' is there twice; a job has one value of it, so none could match"));
+    }
   }
-  return jobs;
+  JobList list;
+  do {
+    request.set_page_size(std::min(kLargestPage, options.limit - static_cast<int>(list.jobs.size())));
+    SIMPO_ASSIGN_OR_RETURN(v1::ListJobsResponse response, client.ListJobs(request));
+    for (v1::Job& job : *response.mutable_jobs()) list.jobs.push_back(std::move(job));
+    request.set_page_token(response.next_page_token());
+    list.more = !response.next_page_token().empty();
+  } while (list.more && static_cast<int>(list.jobs.size()) < options.limit);
+  return list;
 }
 
 absl::StatusOr<int> List(Client& client, const ListOptions& options) {
-  SIMPO_ASSIGN_OR_RETURN(const std::vector<v1::Job> jobs, FetchJobs(client, options));
+  SIMPO_ASSIGN_OR_RETURN(const JobList list, FetchJobs(client, options));
+  const std::vector<v1::Job>& jobs = list.jobs;
   if (options.output == "table") {
     if (jobs.empty()) PrintErr("No jobs.\n");
     if (!jobs.empty()) PrintOut(JobTable(jobs, Now()));
@@ -77,6 +96,10 @@ absl::StatusOr<int> List(Client& client, const ListOptions& options) {
     nlohmann::ordered_json json = nlohmann::ordered_json::array();
     for (const v1::Job& job : jobs) json.push_back(JobToJson(job));
     PrintOut(json.dump(2) + "\n");
+  }
+  if (list.more) {
+    PrintErr(absl::StrCat("These are the newest ", jobs.size(),
+                          "; there are more. See --limit, --state, --user, --label\n"));
   }
   return kExitOk;
 }
@@ -116,7 +139,8 @@ absl::StatusOr<int> Cancel(Client& client, const JobOptions& options) {
   request.set_job_id(job.id());
   SIMPO_ASSIGN_OR_RETURN(const v1::CancelJobResponse response, client.Cancel(request));
   const v1::JobState state = response.job().state();
-  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") ", StateName(state), "\n"));
+  PrintOut(absl::StrCat("Job ", job.id(), " (", OneLine(job.name()), ") ",
+                        IsFinal(job.state()) ? "had already ended: " : "", StateName(state), "\n"));
   if (!IsFinal(state)) PrintErr(absl::StrCat("See it end with: ", client.command(), " wait ", job.id(), "\n"));
   return kExitOk;
 }
@@ -223,6 +247,9 @@ void AddList(CLI::App& app, CommandLine& line) {
   CLI::App* command = app.add_subcommand("list", "List jobs, newest first");
   command->add_option("--state", options->states, "Only jobs in this state; repeatable")->allow_extra_args(false);
   command->add_option("--user", options->user, "Only jobs of this user");
+  command->add_option("--label", options->labels, "Only jobs with this label; repeatable: with all of them")
+      ->type_name("KEY=VALUE")
+      ->allow_extra_args(false);
   command->add_option("--limit", options->limit, "Most jobs to list (default 50)")->check(CLI::Range(1, 1000000));
   command->add_option("-o,--output", options->output, "table, json or name (ids alone)")
       ->check(CLI::IsMember({"table", "json", "name"}));

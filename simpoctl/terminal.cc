@@ -28,6 +28,12 @@ bool LocaleIsUtf8() {
   return false;
 }
 
+int out_error = 0;  // of the first write to standard output that failed
+
+void FlushStdout() {
+  if (std::fflush(stdout) != 0 && out_error == 0) out_error = errno;
+}
+
 bool IsContinuation(char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; }
 
 }  // namespace
@@ -92,11 +98,15 @@ std::string Clip(std::string_view text, int width) {
 
 void PrintOut(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
 
-void PrintErr(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stderr); }
+void PrintErr(std::string_view text) {
+  FlushStdout();  // both may go to one file
+  std::fwrite(text.data(), 1, text.size(), stderr);
+}
 
 absl::Status FlushOut() {
-  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat("cannot write to standard output: ", std::strerror(errno)));
+  FlushStdout();
+  if (out_error == 0 && std::ferror(stdout) == 0) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("cannot write to standard output: ", std::strerror(out_error)));
 }
 
 }  // namespace simpo

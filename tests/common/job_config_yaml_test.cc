@@ -249,7 +249,7 @@ TEST(JobConfigYaml, EveryMistakeIsToldAtOnce) {
   EXPECT_THAT(Problems(job),
               ElementsAre("3: learing_rate: unknown key; did you mean learning_rate?", "4: beta: must be > 0, not -1",
                           "5: loss_type: must be one of sigmoid | hinge, not 'ipo'",
-                          "6: max_length: must be a number (integer), not 'abc'",
+                          "6: max_length: must be a whole number, not 'abc'",
                           "7: shuffle: must be true or false, not 'perhaps'",
                           "8: warmup_ratio: must be 0 to 1, not 1.5", "9: max_steps: must be a whole number, not '1.5'",
                           "10: time_limit: must be a time such as 90s, 15m, 2h or 1d, not 'soon'",
@@ -276,12 +276,19 @@ TEST(JobConfigYaml, LabelsAreFewAndShort) {
   EXPECT_THAT(labels(2, 1, 257), Contains(HasSubstr("4: labels: the value of '0' has at most 256 bytes, not 257")));
 }
 
+TEST(JobConfigYaml, AKeyOfTheUsersOwnMapsIsNotSetAlone) {
+  EXPECT_THAT(
+      Problems(ParseWith("labels.team: red\n", {"dataset_mixer.a.jsonl=0.5"})),
+      ElementsAre("3: labels.team: unknown key; write the whole map, as labels: {team: red}",
+                  "0: dataset_mixer.a.jsonl: unknown key; write the whole map, as dataset_mixer={a.jsonl: 0.5}"));
+}
+
 TEST(JobConfigYaml, OneStatusListsThemWithFileAndLine) {
   const absl::StatusOr<ParsedJob> job =
       ParseJobYamlOrStatus("beta: x\nnonsense_key_of_ours: 1\n", {.file_name = "dir/a.yaml", .base_dir = kBaseDir});
   EXPECT_EQ(job.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(job.status().message(),
-            "dir/a.yaml:1: beta: must be a number (number), not 'x'\n"
+            "dir/a.yaml:1: beta: must be a number, not 'x'\n"
             "dir/a.yaml:2: nonsense_key_of_ours: unknown key (see: simpoctl help job-file)\n"
             "dir/a.yaml: model_name_or_path: required: the folder of the model to train\n"
             "dir/a.yaml: dataset_mixer: required: the data to train on, as `dataset_mixer: {data/train.jsonl: 1.0}`");

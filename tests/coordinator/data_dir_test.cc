@@ -101,6 +101,21 @@ TEST_F(BackupTest, TokensAreCopiedForTheOwnerAlone) {
             std::filesystem::perms::owner_read | std::filesystem::perms::owner_write);
 }
 
+// The door of a coordinator that is restored without tokens.json stays shut.
+TEST_F(BackupTest, ThatTokensAreAskedForIsCopiedToo) {
+  AddJob(1);
+  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "open"));
+  EXPECT_FALSE(TokenStore(dir_ / "open" / kTokensFile).Required());
+  WriteText(dir_ / "data" / kTokensFile, "[]");
+  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "asked"));
+  std::filesystem::remove(dir_ / "asked" / kTokensFile);
+  EXPECT_TRUE(TokenStore(dir_ / "asked" / kTokensFile).Required());
+  // Also where the source has lost its file already.
+  std::filesystem::rename(dir_ / "data" / kTokensFile, dir_ / "data" / "tokens.json.required");
+  ASSERT_OK(BackUpDataDir(dir_ / "data", dir_ / "lost"));
+  EXPECT_TRUE(TokenStore(dir_ / "lost" / kTokensFile).Required());
+}
+
 TEST_F(BackupTest, NothingIsOverwrittenAndAFailureLeavesNothing) {
   AddJob(1);
   WriteText(dir_ / "full" / "file", "mine");

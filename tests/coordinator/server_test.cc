@@ -16,6 +16,7 @@ namespace simpo {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 class ServerTest : public ::testing::Test {
  protected:
@@ -61,6 +62,21 @@ class ServerTest : public ::testing::Test {
   }
   TempDir dir_;
 };
+
+// Half a restore.
+TEST_F(ServerTest, AMissingMetricsFileBesideJobsIsSaid) {
+  const auto log_of_a_start = [&] {
+    ::testing::internal::CaptureStderr();
+    EXPECT_TRUE(Start(Options()).ok());
+    return ::testing::internal::GetCapturedStderr();
+  };
+  EXPECT_THAT(log_of_a_start(), Not(HasSubstr("no metrics.db beside it")));
+  for (const char* file : {"metrics.db", "metrics.db-wal", "metrics.db-shm"}) {
+    std::filesystem::remove(dir_ / "data" / file);
+  }
+  EXPECT_THAT(log_of_a_start(), HasSubstr("coordinator.db but no metrics.db beside it"));
+  EXPECT_THAT(log_of_a_start(), Not(HasSubstr("no metrics.db beside it")));
+}
 
 // A port that somebody else listens on.
 class TakenPort {

@@ -186,7 +186,7 @@ def missing_checkpoint(workspace):
 
 CASES = [
     (mistyped_key, BAD_JOB, r"job\.yaml:\d+: learning_rte: unknown key; did you mean learning_rate\?"),
-    (wrong_type, BAD_JOB, r"job\.yaml:\d+: max_steps: must be a number.*'many'"),
+    (wrong_type, BAD_JOB, r"job\.yaml:\d+: max_steps: must be a whole number.*'many'"),
     (out_of_range, BAD_JOB, r"job\.yaml:\d+: label_smoothing: must be 0 to below 0\.5, not 0\.7"),
     (refused_feature, BAD_JOB, r"job\.yaml:\d+: use_peft: adapters are not supported"),
     (no_model, BAD_JOB, r"job\.yaml: model_name_or_path: required"),

@@ -7,15 +7,22 @@
 #include <fstream>
 #include <vector>
 
+#include "common/tls_files.h"
 #include "simpoctl/exit_codes.h"
+#include "simpoctl/interrupt.h"
+#include "tests/certificates.h"
 #include "tests/simpoctl/fake_service.h"
+#include "tests/temp_dir.h"
 
 namespace simpo {
 namespace {
 
 using ::testing::AllOf;
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
 
 TEST(Client, SubmitIsAskedAgainWithTheSameRequestId) {
   FakeService service;
@@ -63,6 +70,98 @@ TEST(Client, NobodyThereIsOneMessageWithTheRemedy) {
   EXPECT_EQ(ExitCodeOf(status), kExitError);
 }
 
+TEST(Client, WhatTheCoordinatorItselfSaysIsNoLostConnection) {
+  FakeService service;
+  service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse*) {
+    return grpc::Status(grpc::StatusCode::UNAVAILABLE, "the coordinator cannot check tokens: x", "details");
+  };
+  EXPECT_EQ(Client(service.address(), "simpoctl").GetJob("x").status().message(),
+            "the coordinator at " + service.address() + " answered: the coordinator cannot check tokens: x");
+}
+
+TEST(Client, WordsOfAFailedConnectionHaveTheirRemedy) {
+  const auto remedy = [](const char* words, const Client::Credentials& credentials = {}) {
+    const Client client("far.example:1", "simpoctl", credentials);
+    return std::string(client.ToStatus(grpc::Status(grpc::StatusCode::UNAVAILABLE, words)).message());
+  };
+  EXPECT_THAT(remedy("failed to connect: Connection refused"), HasSubstr("Start it"));
+  for (const char* words : {"Trying to connect an http1.x server", "Socket closed", "lost",
+                            "DNS resolution failed: x: Domain name not found"}) {
+    EXPECT_THAT(remedy(words), Not(HasSubstr("Start it"))) << words;
+  }
+  EXPECT_THAT(remedy("Trying to connect an http1.x server"), AllOf(HasSubstr("web page"), HasSubstr("7077")));
+  EXPECT_THAT(remedy("wrong version number"), AllOf(HasSubstr("--ca"), HasSubstr("7077")));
+  EXPECT_THAT(remedy("Socket closed"), HasSubstr("--ca"));
+  const Identity authority = MakeIdentity("authority", nullptr, "");
+  Client::Credentials credentials{.texts = {.ca = authority.cert}};
+  EXPECT_THAT(remedy("Socket closed", credentials), AllOf(HasSubstr("Look whether it runs"), Not(HasSubstr("--ca"))));
+  credentials.texts.cert = authority.cert;
+  credentials.texts.key = authority.key;
+  EXPECT_THAT(remedy("Socket closed", credentials), HasSubstr("may not accept your certificate"));
+}
+
+TEST(TlsFiles, AFileThatDoesNotFitIsNamed) {
+  const TempDir dir;
+  const auto write = [&](const char* name, const std::string& text) {
+    std::ofstream(dir / name) << text;
+    return (dir / name).string();
+  };
+  const Identity authority = MakeIdentity("authority", nullptr, "");
+  const Identity user = MakeIdentity("user", &authority, "");
+  const Identity old = MakeIdentity("old", &authority, "", -7200, -3600);
+  const std::string ca = write("ca.pem", "Text may stand before it.\n" + authority.cert);
+  const std::string cert = write("user.pem", user.cert), key = write("user.key", user.key);
+  const std::string other_key = write("other.key", authority.key);
+  const auto problem = [](const TlsFiles& files) { return std::string(ReadTlsFiles(files).status().message()); };
+  EXPECT_EQ(problem({.ca = ca, .cert = cert, .key = key}), "");
+  EXPECT_EQ(problem({.ca = key}), "--ca (SIMPO_CA): " + key + " holds no certificate in PEM form");
+  EXPECT_EQ(problem({.ca = ca, .cert = key, .key = key}),
+            "--cert (SIMPO_CERT): " + key + " holds no certificate in PEM form");
+  EXPECT_THAT(problem({.ca = ca, .cert = cert, .key = cert}), HasSubstr("--key (SIMPO_KEY): " + cert));
+  EXPECT_EQ(problem({.ca = ca, .cert = cert, .key = other_key}),
+            "--key (SIMPO_KEY): the key " + other_key + " is not that of " + cert);
+  EXPECT_THAT(problem({.ca = ca, .cert = write("old.pem", old.cert), .key = write("old.key", old.key)}),
+              HasSubstr("has expired"));
+  EXPECT_THAT(problem({.ca = (dir / "none").string()}), HasSubstr("--ca (SIMPO_CA): "));
+}
+
+class ReconnectTest : public ::testing::Test {
+ protected:
+  const grpc::Status refused_{grpc::StatusCode::UNAVAILABLE, "failed to connect to all addresses: Connection refused"};
+  const Client client_{"127.0.0.1:1", "simpoctl"};
+  Interrupt interrupt_;
+  std::string said_;
+  Reconnect reconnect_{client_, interrupt_, [this](std::string_view text) { said_ += text; }};
+};
+
+TEST_F(ReconnectTest, WhoNeverWasThereIsNotWaitedFor) {
+  EXPECT_EQ(reconnect_.Next(refused_).code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(said_, "");
+}
+
+// A stream may have had nothing to say: the log of a job that has not begun.
+TEST_F(ReconnectTest, AStreamThatBreaksBeforeItsFirstWordIsALoss) {
+  EXPECT_TRUE(reconnect_.Next(grpc::Status(grpc::StatusCode::UNAVAILABLE, "Socket closed")).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_THAT(said_, AllOf(StartsWith("Lost the coordinator"), Not(HasSubstr("Connected again"))));
+}
+
+TEST_F(ReconnectTest, OneThatEndsInOrderBeforeItsFirstWordToo) {
+  EXPECT_TRUE(reconnect_.Next(grpc::Status::OK).ok());
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+}
+
+// A stream that ran until its own time was connected all along.
+TEST_F(ReconnectTest, AStreamWithoutAWordUntilItsTimeIsOverIsNoLoss) {
+  const grpc::Status late(grpc::StatusCode::DEADLINE_EXCEEDED, "Deadline Exceeded");
+  EXPECT_TRUE(reconnect_.Next(late).ok());
+  EXPECT_EQ(said_, "");
+  EXPECT_TRUE(reconnect_.Next(refused_).ok());
+  EXPECT_TRUE(reconnect_.Next(late).ok());
+  EXPECT_THAT(said_, EndsWith("Connected again.\n"));
+}
+
 TEST(Client, AnOlderServerIsNamed) {
   FakeService service;
   service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse*) {
@@ -81,7 +180,7 @@ TEST(CoordinatorAddress, FlagThenVariableThenDefault) {
   setenv("SIMPO_ADDRESS", "host", 1);
   EXPECT_THAT(std::string(CoordinatorAddress("").status().message()), HasSubstr("SIMPO_ADDRESS is 'host'"));
   unsetenv("SIMPO_ADDRESS");
-  for (const char* wrong : {"host", ":1", "host:", "host:0", "host:65536", "host:x"}) {
+  for (const char* wrong : {"http://127.0.0.1:7077", "host", ":1", "host:", "host:0", "host:65536", "host:x"}) {
     EXPECT_EQ(ExitCodeOf(CoordinatorAddress(wrong).status()), kExitUsage) << wrong;
   }
 }

@@ -27,9 +27,16 @@ class FakeService final : public v1::TrainingService::Service {
     EXPECT_NE(port, 0);
     address_ = "127.0.0.1:" + std::to_string(port);
   }
-  ~FakeService() override { server_->Shutdown(std::chrono::system_clock::now()); }
+  ~FakeService() override {
+    server_->Shutdown(std::chrono::system_clock::now());
+    Settle();
+  }
 
-  const std::string& address() const { return address_; }
+  // Asked for after the handlers are set: a call that comes by it sees them.
+  const std::string& address() const {
+    Settle();
+    return address_;
+  }
   // After a call has ended: what its handler did is there to be read, and the handlers below may be changed. (The
   // answer says so too, but gRPC is not built with the thread sanitizer, which cannot see that.)
   void Settle() const { const std::lock_guard lock(mutex_); }
@@ -37,6 +44,8 @@ class FakeService final : public v1::TrainingService::Service {
   std::function<void(const grpc::ServerContext&)> on_call = [](const grpc::ServerContext&) {};
   std::function<grpc::Status(const v1::SubmitJobRequest&, v1::SubmitJobResponse*)> on_submit;
   std::function<grpc::Status(const v1::GetJobRequest&, v1::GetJobResponse*)> on_get;
+  std::function<grpc::Status(const v1::ListJobsRequest&, v1::ListJobsResponse*)> on_list;
+  std::function<grpc::Status(const v1::CancelJobRequest&, v1::CancelJobResponse*)> on_cancel;
   std::function<grpc::Status(const v1::CheckpointJobRequest&, v1::CheckpointJobResponse*)> on_checkpoint;
   std::function<grpc::Status(grpc::ServerContext*, const v1::WatchJobRequest&,
                              grpc::ServerWriter<v1::WatchJobResponse>*)>
@@ -60,8 +69,19 @@ class FakeService final : public v1::TrainingService::Service {
     on_call(*context);
     return on_get(*request, response);
   }
+  grpc::Status ListJobs(grpc::ServerContext*, const v1::ListJobsRequest* request,
+                        v1::ListJobsResponse* response) override {
+    const Handler handler(*this);
+    return on_list(*request, response);
+  }
+  grpc::Status CancelJob(grpc::ServerContext*, const v1::CancelJobRequest* request,
+                         v1::CancelJobResponse* response) override {
+    const Handler handler(*this);
+    return on_cancel(*request, response);
+  }
   grpc::Status CheckpointJob(grpc::ServerContext*, const v1::CheckpointJobRequest* request,
                              v1::CheckpointJobResponse* response) override {
+    const Handler handler(*this);
     return on_checkpoint(*request, response);
   }
   grpc::Status WatchJob(grpc::ServerContext* context, const v1::WatchJobRequest* request,

@@ -87,6 +87,20 @@ TEST(JobText, DescribeOfAnEndedJob) {
                           Not(HasSubstr("cancel ab12cd")), Not(HasSubstr("http://"))));
 }
 
+TEST(JobText, LogsThatMayNotBeThereAreProposedLast) {
+  v1::Job job = EndedJob(v1::JOB_STATE_FAILED);
+  EXPECT_THAT(NextCommands(job, "simpoctl", ""),
+              AllOf(HasSubstr("metrics"), HasSubstr("what rank 0 said\n"), HasSubstr("what the launcher said\n")));
+  for (const char* phase : {"", "prepare"}) {
+    job.mutable_progress()->set_phase(phase);
+    EXPECT_THAT(NextCommands(job, "simpoctl", ""),
+                AllOf(StartsWith("  simpoctl logs ab12cd --rank -1"), HasSubstr("what rank 0 said, if it began\n"),
+                      Not(HasSubstr("metrics"))));
+  }
+  job.set_attempt(0);  // cancelled while it waited
+  EXPECT_THAT(NextCommands(job, "simpoctl", ""), Not(HasSubstr("logs")));
+}
+
 TEST(JobText, Json) {
   const nlohmann::ordered_json json = DescriptionToJson(Described(RunningJob()));
   EXPECT_EQ(json["state"], "RUNNING");

@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "tests/simpoctl/fake_service.h"
@@ -48,9 +50,62 @@ TEST(Program, WaitingForACheckpointEndsWithTheAttempt) {
     return grpc::Status::OK;
   };
   const Outcome outcome = RunSimpoctl(service.address(), "checkpoint first --wait");
+  service.Settle();
   EXPECT_EQ(outcome.code, 1);
   EXPECT_THAT(outcome.err, HasSubstr("is RUNNING in attempt 2 and has written no checkpoint since it was asked in "
                                      "attempt 1"));
+}
+
+TEST(Program, ListSaysThatThereAreMoreAndAsksForLabels) {
+  FakeService service;
+  std::vector<v1::ListJobsRequest> asked;
+  service.on_list = [&](const v1::ListJobsRequest& request, v1::ListJobsResponse* response) {
+    asked.push_back(request);
+    for (int i = 0; i < std::min(request.page_size(), 3); ++i) *response->add_jobs() = RunningJob();
+    if (request.page_size() < 3) response->set_next_page_token("7");
+    return grpc::Status::OK;
+  };
+  Outcome outcome = RunSimpoctl(service.address(), "list --limit 2 -o name --label team=a=b --label x=");
+  service.Settle();
+  EXPECT_EQ(outcome.code, 0);
+  EXPECT_EQ(outcome.out, "ab12cd\nab12cd\n");
+  EXPECT_EQ(outcome.err, "These are the newest 2; there are more. See --limit, --state, --user, --label\n");
+  ASSERT_EQ(asked.size(), 1u);
+  EXPECT_EQ(asked[0].labels_size(), 2);
+  EXPECT_EQ(asked[0].labels().at("team"), "a=b");
+  EXPECT_EQ(asked[0].labels().at("x"), "");
+  outcome = RunSimpoctl(service.address(), "list");
+  EXPECT_THAT(outcome.out, HasSubstr("ab12cd"));
+  EXPECT_EQ(outcome.err, "");
+}
+
+TEST(Program, CancelSaysThatAJobHadEndedAlready) {
+  FakeService service;
+  service.on_get = [](const v1::GetJobRequest&, v1::GetJobResponse* response) {
+    *response->mutable_job() = EndedJob(v1::JOB_STATE_FAILED);
+    return grpc::Status::OK;
+  };
+  service.on_cancel = [](const v1::CancelJobRequest&, v1::CancelJobResponse* response) {
+    *response->mutable_job() = EndedJob(v1::JOB_STATE_FAILED);
+    return grpc::Status::OK;
+  };
+  EXPECT_EQ(RunSimpoctl(service.address(), "cancel first").out, "Job ab12cd (first) had already ended: FAILED\n");
+}
+
+// Both streams in one file: in the order in which they were written.
+TEST(Program, AMessageStandsAfterWhatItIsAbout) {
+  FakeService service;
+  service.on_submit = [](const v1::SubmitJobRequest&, v1::SubmitJobResponse* response) {
+    *response->mutable_job() = RunningJob();
+    return grpc::Status::OK;
+  };
+  const std::string file = absl::StrCat(::testing::TempDir(), "/simpoctl_both_", getpid());
+  const std::string text =
+      RunSimpoctl(service.address(), absl::StrCat("submit ", SIMPOCTL_TESTDATA, "/short-recipe.yaml >", file,
+                                                  " 2>&1; cat ", file, "; rm ", file))
+          .out;
+  ASSERT_THAT(text, AllOf(HasSubstr("submitted: RUNNING"), HasSubstr("Next:")));
+  EXPECT_LT(text.find("submitted: RUNNING"), text.find("Next:")) << text;
 }
 
 TEST(Program, DryRunShowsTheWholeJob) {
@@ -93,6 +148,9 @@ TEST(Program, BadUsage) {
                                 "submit a.yaml --wait --follow",
                                 "--address nonsense list",
                                 "list --state sleeping",
+                                "list --label team",
+                                "list --label =a",
+                                "list --label a=1 --label a=2",
                                 "completion fish",
                                 "help nothing",
                                 "wait x --timeout -1",
@@ -152,6 +210,7 @@ TEST(Program, CompletionOffersCommandsAndOptions) {
   EXPECT_EQ(BashCompletion("sub"), "submit\n");
   EXPECT_EQ(BashCompletion("submit --dr"), "--dry-run\n");
   EXPECT_EQ(BashCompletion("--address h:1 logs --foll"), "--follow\n");
+  EXPECT_EQ(BashCompletion("--ca ca.pem list --lab"), "--label\n");
   EXPECT_EQ(BashCompletion("help j"), "job-file\n");
   EXPECT_THAT(Simpoctl("completion zsh").out, AllOf(StartsWith("#compdef simpoctl\n"), HasSubstr("--dry-run")));
 }
