@@ -178,6 +178,11 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
   CheckName("name", config.name, &submission.violations);
   CheckInputs(config, roots, &submission.violations);
   ResolveOutputDir(roots, &config, &submission.violations);
+  if (!config.output_dir.empty() && config.output_dir[0] != '/') {
+    submission.notes.push_back(absl::StrCat("output_dir '", OneLine(config.output_dir, 80),
+                                            "' is relative: the results go to DATA_DIR/outputs/NAME-ID of the "
+                                            "coordinator; an absolute one is taken as it is"));
+  }
   CheckSlots(&submission, slots_total);
 
   v1::Job& job = submission.job;
@@ -218,6 +223,20 @@ std::string ProblemOfFolder(const std::string& folder) {
   if (errno != EACCES && errno != EROFS && errno != ELOOP) return "";  // it may be better the next time
   return problem(there, absl::StrCat("cannot be written to (", std::strerror(errno),
                                      "); let the coordinator's account write there, or name another folder"));
+}
+
+std::string MakeFolder(const std::string& folder) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  for (const std::errc never :
+       {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::read_only_file_system,
+        std::errc::no_such_file_or_directory, std::errc::not_a_directory, std::errc::file_exists,
+        std::errc::operation_not_supported, std::errc::function_not_supported}) {
+    if (error != never) continue;
+    return absl::StrCat("'", folder, "' on ", HostName(), " cannot be made (", error.message(),
+                        "); name a folder where the coordinator's account may write");
+  }
+  return "";
 }
 
 std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir) {

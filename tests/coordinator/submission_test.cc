@@ -90,6 +90,16 @@ TEST(SubmissionTest, AnOutputFolderMustBePossible) {
   EXPECT_THAT(problem(dir / "closed/new/er"), HasSubstr("cannot be written to"));
 }
 
+TEST(SubmissionTest, AFolderThatCannotBeMadeNamesItsReason) {
+  TempDir dir;
+  EXPECT_EQ(MakeFolder(dir / "a/b"), "");
+  EXPECT_EQ(MakeFolder(dir / "a/b"), "");
+  EXPECT_TRUE(std::filesystem::is_directory(dir / "a/b"));
+  WriteText(dir / "file", "");
+  EXPECT_THAT(MakeFolder(dir / "file/a"), HasSubstr("cannot be made"));
+  EXPECT_THAT(MakeFolder("/proc/simpo/out"), HasSubstr("cannot be made"));
+}
+
 TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
   TempDir dir;
   std::filesystem::create_directories(dir / "real");
@@ -102,6 +112,9 @@ TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
     EXPECT_EQ(check(dir / folder).config.output_dir, dir / "real/out") << folder;
   }
   EXPECT_EQ(check("beside").config.output_dir, "beside") << "is chosen by the coordinator";
+  EXPECT_THAT(check("beside").notes,
+              ::testing::Contains(HasSubstr("'beside' is relative: the results go to DATA_DIR")));
+  EXPECT_THAT(check(dir / "real").notes, ::testing::Not(::testing::Contains(HasSubstr("is relative"))));
   EXPECT_THAT(AllText(check(dir / "dangling/out").violations), HasSubstr("output_dir"));
 }
 
