@@ -174,7 +174,9 @@ const JobKeyRow kRows[] = {
     {{"recovery_minutes", "number", "10", "minutes", ">= 0", "Evaluation and saving",
       "How often a rolling checkpoint is written, beside your own (0: never)."},
      &C::recovery_minutes},
-    {{"output_dir", "string", "", "", "", "Evaluation and saving", "Where everything of the job goes."},
+    {{"output_dir", "string", "", "", "", "Evaluation and saving",
+      "An absolute folder for everything of the job. A submitted job with a relative one, or none, gets "
+      "DATA_DIR/outputs/NAME-ID of the coordinator."},
      &C::output_dir},
     {{"overwrite_output_dir", "boolean", "false", "", "", "Evaluation and saving",
       "Allow output_dir to hold an earlier run, which is removed."},
@@ -297,7 +299,8 @@ void AppendPair(std::string* text, std::string_view name, std::string_view meani
 std::string JobFileHelp() {
   std::string text =
       "A job file is YAML: the keys of TRL and alignment-handbook, and a few of ours.\n"
-      "Only model_name_or_path and dataset_mixer are required. Relative paths start at the file's folder.\n";
+      "Only model_name_or_path and dataset_mixer are required. Relative paths of inputs start at the file's "
+      "folder.\n";
   absl::StrAppend(&text, OwnKeysHelp(), "\nOther names\n");
   for (const JobKeyAlias& alias : kAliases) AppendPair(&text, alias.alias, alias.name);
   absl::StrAppend(&text, "\nConverted, with a note\n");

@@ -1,39 +1,38 @@
 #include "coordinator/attempt_output.h"
 
 #include <algorithm>
-#include <fstream>
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <set>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "common/log.h"
 #include "common/text.h"
 #include "coordinator/launcher.h"
+#include "coordinator/log_reader.h"
 
 namespace simpo {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::streamoff kTailBytes = 64 << 10;
+constexpr int64_t kTailBytes = 64 << 10;
+constexpr int64_t kMaxMetricsBytes = 32 << 20;
+constexpr size_t kMaxPoints = 50'000;
 constexpr size_t kMaxMessageBytes = 4000;
 constexpr char kWorkerPrefix[] = "simpo-worker: ";
 constexpr char kMpirunPrefix[] = "mpirun noticed that ";
 
 std::vector<std::string> TailLines(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  file.seekg(0, std::ios::end);
-  const std::streamoff size = file.tellg();
-  if (!file || size <= 0) return {};
-  file.seekg(std::max<std::streamoff>(0, size - kTailBytes));
-  std::vector<std::string> lines;
-  for (std::string line; std::getline(file, line);) lines.push_back(line);
-  return lines;
+  const RegularFile file(path);
+  if (file.size() == 0) return {};
+  const std::string text = file.Read(std::max<int64_t>(0, file.size() - kTailBytes), kTailBytes);
+  return absl::StrSplit(text, '\n');
 }
 
 // A line of our own log, or one with which mpirun frames its words: no part of an error message.
@@ -64,40 +63,62 @@ std::optional<double> ParseValue(const nlohmann::json& json) {
   return std::nullopt;
 }
 
+// Nothing: the line is no point.
+std::optional<v1::MetricPoint> ParsePoint(absl::string_view line) {
+  const auto json = nlohmann::json::parse(line.begin(), line.end(), nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) return std::nullopt;
+  v1::MetricPoint point;
+  point.set_step(json["step"].get<int64_t>());
+  for (const auto& [name, value] : json.items()) {
+    const std::optional<double> number = ParseValue(value);
+    if (name != "step" && number) (*point.mutable_values())[name] = *number;
+  }
+  return point;
+}
+
 }  // namespace
 
-std::string LastWords(const fs::path& log_dir) {
-  const fs::path launcher = log_dir / kLauncherLog;
-  std::set<fs::path> logs = {launcher};
-  std::error_code error;
-  for (fs::directory_iterator entry(log_dir, error), end; !error && entry != end; entry.increment(error)) {
-    if (absl::StartsWith(entry->path().filename().string(), "rank-")) logs.insert(entry->path());
+std::string LastWords(const fs::path& log_dir, int ranks) {
+  const std::vector<std::string> launcher = TailLines(log_dir / kLauncherLog);
+  std::string message = LastMessage(launcher, kWorkerPrefix);
+  for (int rank = 0; rank < ranks && message.empty(); ++rank) {
+    message = LastMessage(TailLines(log_dir / absl::StrCat("rank-", rank, ".log")), kWorkerPrefix);
   }
-  for (const fs::path& log : logs) {
-    if (std::string message = LastMessage(TailLines(log), kWorkerPrefix); !message.empty()) return message;
-  }
-  return LastMessage(TailLines(launcher), kMpirunPrefix);
+  return message.empty() ? LastMessage(launcher, kMpirunPrefix) : message;
 }
 
 std::vector<v1::MetricPoint> ReadMetricsFile(const fs::path& path, const std::string& split, int attempt,
                                              int64_t after_step) {
+  const RegularFile file(path);
   std::vector<v1::MetricPoint> points;
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line) && !file.eof();) {
-    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
-    const int64_t step = json["step"].get<int64_t>();
-    if (step <= after_step) continue;
-    v1::MetricPoint& point = points.emplace_back();
-    point.set_step(step);
-    point.set_attempt(attempt);
-    point.set_split(split);
-    for (const auto& [name, value] : json.items()) {
-      const std::optional<double> number = ParseValue(value);
-      if (name != "step" && number) (*point.mutable_values())[name] = *number;
+  // Few are new as a rule: a larger part is read when a smaller one has new ones only.
+  for (int64_t bytes = kTailBytes;; bytes *= 8) {
+    bytes = std::min({bytes, kMaxMetricsBytes, file.size()});
+    const std::string text = file.Read(file.size() - bytes, bytes);
+    points.clear();
+    bool reached = bytes == file.size();
+    size_t end = text.rfind('\n');  // what follows the last one is not whole
+    while (end != std::string::npos && points.size() < kMaxPoints) {
+      const size_t before = end == 0 ? std::string::npos : text.rfind('\n', end - 1);
+      if (before == std::string::npos && bytes < file.size()) break;  // its begin is missing
+      const size_t begin = before == std::string::npos ? 0 : before + 1;
+      std::optional<v1::MetricPoint> point = ParsePoint(absl::string_view(text).substr(begin, end - begin));
+      end = before;
+      if (!point) continue;
+      if (point->step() <= after_step) {
+        reached = true;
+        break;
+      }
+      point->set_attempt(attempt);
+      point->set_split(split);
+      points.push_back(*std::move(point));
     }
+    const bool too_many = points.size() == kMaxPoints || (!reached && bytes == kMaxMetricsBytes);
+    if (too_many) LOG_WARNING(absl::StrCat(path.string(), ": only the last ", points.size(), " points are taken"));
+    if (!reached && !too_many) continue;
+    std::reverse(points.begin(), points.end());
+    return points;
   }
-  return points;
 }
 
 }  // namespace simpo

@@ -525,7 +525,8 @@ void Dispatcher::Escalate(JobRecord& record, Moment now) {
 std::string Dispatcher::DescribeEnd(const JobRecord& record, std::optional<int> exit_code, const std::string& what) {
   if (record.gang->fault) return record.gang->fault->why;
   if (!exit_code) return what;
-  std::string words = record.gang->error.empty() ? LastWords(record.attempts.back().log_dir()) : record.gang->error;
+  std::string words = record.gang->error;
+  if (words.empty()) words = LastWords(record.attempts.back().log_dir(), record.job.ranks());
   if (!words.empty() && words.back() == '.') words.pop_back();
   if (words.empty()) words = ExitText(*exit_code);
   return absl::StrCat(words, " (exit code ", *exit_code, ")");

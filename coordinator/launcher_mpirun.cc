@@ -5,7 +5,9 @@
 #include <sys/wait.h>
 
 #include <array>
-#include <fstream>
+#include <cerrno>
+#include <cstdio>
+#include <system_error>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
@@ -41,15 +43,17 @@ absl::Status MakeDir(const fs::path& dir, fs::perms permissions) {
 // Whole or not at all for whoever reads it, but not synced to disk: for what a crash of the machine makes worthless. A
 // thousand gangs are adopted in the time of a few syncs.
 absl::Status ReplaceFile(const fs::path& path, const std::string& content) {
-  const fs::path temporary = path.string() + ".tmp";  // one writer; what a killed one has left is written over
-  std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-  file << content;
-  file.close();
+  const fs::path temporary = path.string() + ".tmp";  // one writer; what a killed one has left goes
   std::error_code error;
-  if (file) fs::rename(temporary, path, error);
-  if (file && !error) return absl::OkStatus();
-  return absl::UnavailableError(
-      absl::StrCat("cannot write ", path.string(), error ? ": " + error.message() : "; is the disk full?"));
+  fs::remove(temporary, error);
+  // A new file: a user may have put a link there again, which would be followed.
+  std::FILE* const file = std::fopen(temporary.c_str(), "wxe");
+  bool written = file != nullptr && std::fwrite(content.data(), 1, content.size(), file) == content.size();
+  if (file != nullptr) written = std::fclose(file) == 0 && written;
+  if (!written) error.assign(errno, std::generic_category());
+  if (written) fs::rename(temporary, path, error);
+  if (written && !error) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("cannot write ", path.string(), ": ", error.message()));
 }
 
 absl::StatusOr<bool> Exists(const fs::path& path) {

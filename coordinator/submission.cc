@@ -58,18 +58,18 @@ void CheckRequest(const v1::SubmitJobRequest& request, std::vector<FieldViolatio
 }
 
 // An input that names a local path must be allowed and there; hub names are left to the worker. Of what is not
-// allowed nothing is told, not even whether it exists. `globs`: it may be a pattern of such paths.
-void CheckInput(const char* field, const std::string& value, const AllowedRoots& roots,
-                std::vector<FieldViolation>* violations, bool globs = false) {
-  if (std::string problem = roots.ProblemOfInput(value); !problem.empty()) {
+// allowed nothing is told, not even whether it exists. With `globs` it may be a pattern of such paths.
+void CheckInput(const char* field, const std::string& value, const AllowedRoots& roots, Looks* looks,
+                std::vector<FieldViolation>* violations, Looks* globs = nullptr) {
+  if (std::string problem = roots.ProblemOfInput(value, looks); !problem.empty()) {
     violations->push_back({field, 0, std::move(problem)});
     return;
   }
-  if (value.empty() || value[0] != '/') return;
+  if (looks->spent() || value.empty() || value[0] != '/') return;
   if (access(value.c_str(), R_OK) == 0) return;
-  if (globs && errno == ENOENT && IsGlob(value)) {
-    const std::vector<std::string> matches = MatchesOfGlob(value);
-    if (matches.empty()) {
+  if (globs != nullptr && errno == ENOENT && IsGlob(value)) {
+    const std::vector<std::string> matches = MatchesOfGlob(value, globs);
+    if (matches.empty() && !globs->spent()) {
       violations->push_back({field, 0,
                              absl::StrCat("'", value, "' matches no file on ", HostName(),
                                           "; patterns are looked up on the coordinator's machine")});
@@ -90,17 +90,19 @@ void CheckInput(const char* field, const std::string& value, const AllowedRoots&
 }
 
 void CheckInputs(const JobConfig& config, const AllowedRoots& roots, std::vector<FieldViolation>* violations) {
-  CheckInput("model_name_or_path", config.model_name_or_path, roots, violations);
-  CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, roots, violations);
+  Looks looks;
+  Looks globs;  // when they are spent, the trainer alone looks at the others
+  CheckInput("model_name_or_path", config.model_name_or_path, roots, &looks, violations);
+  CheckInput("tokenizer_name_or_path", config.tokenizer_name_or_path, roots, &looks, violations);
   for (const auto& [path, fraction] : config.dataset_mixer) {
-    CheckInput("dataset_mixer", path, roots, violations, /*globs=*/true);
+    CheckInput("dataset_mixer", path, roots, &looks, violations, &globs);
   }
   for (const auto& [path, fraction] : config.eval_dataset_mixer) {
-    CheckInput("eval_dataset_mixer", path, roots, violations, /*globs=*/true);
+    CheckInput("eval_dataset_mixer", path, roots, &looks, violations, &globs);
   }
-  CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, roots, violations);
+  CheckInput("resume_from_checkpoint", config.resume_from_checkpoint, roots, &looks, violations);
   // A text that is no file is the template itself.
-  if (std::string problem = roots.ProblemOfInput(config.chat_template); !problem.empty()) {
+  if (std::string problem = roots.ProblemOfInput(config.chat_template, &looks); !problem.empty()) {
     violations->push_back({"chat_template", 0, std::move(problem)});
   }
 }
@@ -109,7 +111,8 @@ void CheckInputs(const JobConfig& config, const AllowedRoots& roots, std::vector
 // not allowed nothing is told.
 void ResolveOutputDir(const AllowedRoots& roots, JobConfig* config, std::vector<FieldViolation>* violations) {
   if (!fs::path(config->output_dir).is_absolute()) return;  // it gets a folder of the coordinator's choice
-  if (std::string problem = roots.ProblemOfOutput(config->output_dir); !problem.empty()) {
+  Looks looks;
+  if (std::string problem = roots.ProblemOfOutput(config->output_dir, &looks); !problem.empty()) {
     violations->push_back({"output_dir", 0, std::move(problem)});
     return;
   }
@@ -182,6 +185,11 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
   CheckName("name", config.name, &submission.violations);
   CheckInputs(config, roots, &submission.violations);
   ResolveOutputDir(roots, &config, &submission.violations);
+  if (!config.output_dir.empty() && config.output_dir[0] != '/') {
+    submission.notes.push_back(absl::StrCat("output_dir '", OneLine(config.output_dir, 80),
+                                            "' is relative: the results go to DATA_DIR/outputs/NAME-ID of the "
+                                            "coordinator; an absolute one is taken as it is"));
+  }
   CheckSlots(&submission, slots_total);
 
   v1::Job& job = submission.job;
@@ -222,6 +230,20 @@ std::string ProblemOfFolder(const std::string& folder) {
   if (errno != EACCES && errno != EROFS && errno != ELOOP) return "";  // it may be better the next time
   return problem(there, absl::StrCat("cannot be written to (", std::strerror(errno),
                                      "); let the coordinator's account write there, or name another folder"));
+}
+
+std::string MakeFolder(const std::string& folder) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  for (const std::errc never :
+       {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::read_only_file_system,
+        std::errc::no_such_file_or_directory, std::errc::not_a_directory, std::errc::file_exists,
+        std::errc::operation_not_supported, std::errc::function_not_supported}) {
+    if (error != never) continue;
+    return absl::StrCat("'", folder, "' on ", HostName(), " cannot be made (", error.message(),
+                        "); name a folder where the coordinator's account may write");
+  }
+  return "";
 }
 
 std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir) {

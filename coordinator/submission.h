@@ -34,6 +34,9 @@ std::string RequestDigest(const v1::SubmitJobRequest& request);
 // Why this absolute folder can neither be written to nor be made, or "" when it can or that cannot be told now.
 std::string ProblemOfFolder(const std::string& folder);
 
+// Makes a folder. Why it can never be made, or "": it is there, or it may be better the next time.
+std::string MakeFolder(const std::string& folder);
+
 // Why a job may not write to this absolute folder, or nothing: it cannot, or the folder holds something that is neither
 // to be gone on with nor to be overwritten.
 std::vector<FieldViolation> CheckOutputDir(const JobConfig& config, const std::string& output_dir);

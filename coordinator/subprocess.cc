@@ -187,7 +187,9 @@ std::chrono::milliseconds Age(const ProcessIdentity& identity) {
 absl::StatusOr<pid_t> SpawnInNewSession(const std::vector<std::string>& command, const fs::path& log) {
   SpawnSettings settings;
   posix_spawn_file_actions_addopen(&settings.actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-  posix_spawn_file_actions_addopen(&settings.actions, STDOUT_FILENO, log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
+  // A job may have put a link or a pipe in its place: the one is not followed, for the other nobody waits.
+  constexpr int kFlags = O_WRONLY | O_CREAT | O_APPEND | O_NOFOLLOW | O_NONBLOCK;
+  posix_spawn_file_actions_addopen(&settings.actions, STDOUT_FILENO, log.c_str(), kFlags, 0644);
   posix_spawn_file_actions_adddup2(&settings.actions, STDOUT_FILENO, STDERR_FILENO);
   posix_spawn_file_actions_addclosefrom_np(&settings.actions, STDERR_FILENO + 1);
   posix_spawnattr_setflags(&settings.attributes, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);

@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include "testing.h"
 
@@ -1164,6 +1165,14 @@ TEST_F(DispatcherTest, AFolderThatCannotBeMadeIsNoFaultOfTheMachine) {
   EXPECT_EQ(State(id), "FAILED");
   EXPECT_THAT(Job(id).reason(), HasSubstr("is not a folder"));
   EXPECT_EQ(launcher_.started().size(), 1u);
+}
+
+TEST_F(DispatcherTest, AFolderThatNobodyCanMakeIsTriedOnce) {
+  if (geteuid() != 0) GTEST_SKIP() << "it is refused at the submit of any other account";
+  const std::string id = Start(JobYaml(4, "output_dir: /proc/simpo/out\n"));
+  EXPECT_EQ(State(id), "FAILED");
+  EXPECT_THAT(Job(id).reason(), HasSubstr("cannot be made"));
+  EXPECT_THAT(launcher_.started(), ::testing::IsEmpty());
 }
 
 TEST_F(DispatcherTest, PointsThatWaitForTheirDiskHoldUpNoState) {

@@ -1,6 +1,7 @@
 // What is read from attempts' files, and the addresses and settings that people write.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <CLI/CLI.hpp>
 #include <cmath>
@@ -60,14 +61,42 @@ TEST(LogReaderTest, Tail) {
   EXPECT_EQ(TailOffset(dir / "open", 2), 4) << "an open last line counts";
 }
 
+TEST(LogReaderTest, OfAFileWithoutLinesOnlyTheEndIsLookedAt) {
+  TempDir dir;
+  WriteText(dir / "log", "begin\n");
+  std::filesystem::resize_file(dir / "log", int64_t{1} << 40);
+  EXPECT_EQ(TailOffset(dir / "log", 2), (int64_t{1} << 40) - (64 << 20));
+}
+
+// A job may put anything in the place of its files, and the threads that read them are those of all jobs.
+TEST(AttemptOutputTest, APipeOrALinkIsAsIfNothingWereThere) {
+  TempDir dir;
+  WriteText(dir / "elsewhere", "simpo-worker: a secret\n{\"step\":5,\"loss\":1}\n");
+  const auto expect_nothing = [&] {
+    int64_t offset = 0;
+    EXPECT_FALSE(ReadLines(dir / "rank-0.log", true, &offset));
+    EXPECT_EQ(TailOffset(dir / "rank-0.log", 1), 0);
+    EXPECT_EQ(LastWords(dir.path(), 1), "");
+    EXPECT_TRUE(ReadMetricsFile(dir / "metrics.jsonl", "train", 1, 0).empty());
+  };
+  const auto names = {"rank-0.log", "launcher.log", "metrics.jsonl"};
+  for (const char* name : names) ASSERT_EQ(mkfifo((dir / name).c_str(), 0600), 0);
+  expect_nothing();
+  for (const char* name : names) {
+    std::filesystem::remove(dir / name);
+    std::filesystem::create_symlink(dir / "elsewhere", dir / name);
+  }
+  expect_nothing();
+}
+
 TEST(AttemptOutputTest, LastWords) {
   TempDir dir;
-  EXPECT_EQ(LastWords(dir.path()), "");
+  EXPECT_EQ(LastWords(dir.path(), 2), "");
   WriteText(dir / "launcher.log", "mpirun noticed that process rank 1 exited on signal 9 (Killed).\n-----\n");
-  EXPECT_EQ(LastWords(dir.path()), "process rank 1 exited on signal 9 (Killed).");
+  EXPECT_EQ(LastWords(dir.path(), 2), "process rank 1 exited on signal 9 (Killed).");
   WriteText(dir / "rank-1.log",
             "simpo-worker: first\nsimpo-worker: rank 1: bad\n  detail\n2024-01-01T00:00:00.000Z I x\n");
-  EXPECT_EQ(LastWords(dir.path()), "rank 1: bad\n  detail");
+  EXPECT_EQ(LastWords(dir.path(), 2), "rank 1: bad\n  detail");
 }
 
 TEST(AttemptOutputTest, MetricsFile) {
@@ -83,6 +112,31 @@ TEST(AttemptOutputTest, MetricsFile) {
   EXPECT_EQ(points[0].values_size(), 1);
   EXPECT_EQ(points[0].values().at("loss"), 0.1);
   EXPECT_EQ(points[1].values().at("loss"), -INFINITY);
+}
+
+TEST(AttemptOutputTest, ALongMetricsFileIsReadFromItsEndAndSoFar) {
+  TempDir dir;
+  std::string text;
+  for (int step = 1; step <= 100'000; ++step) absl::StrAppend(&text, "{\"step\":", step, ",\"loss\":0.25}\n");
+  WriteText(dir / "metrics.jsonl", text + "{\"step\":100001");
+  const auto steps_after = [&](int64_t after_step) {
+    std::vector<int64_t> steps;
+    for (const auto& point : ReadMetricsFile(dir / "metrics.jsonl", "train", 1, after_step))
+      steps.push_back(point.step());
+    return steps;
+  };
+  EXPECT_THAT(steps_after(99'998), ::testing::ElementsAre(99'999, 100'000));
+  EXPECT_THAT(steps_after(100'000), ::testing::IsEmpty());
+  for (const auto& [after_step, first] : {std::pair(90'000, 90'001), std::pair(0, 50'001)}) {
+    const std::vector<int64_t> steps = steps_after(after_step);
+    ASSERT_EQ(steps.size(), 100'001u - first);
+    EXPECT_EQ(steps.front(), first);
+    EXPECT_EQ(steps.back(), 100'000);
+    EXPECT_TRUE(std::is_sorted(steps.begin(), steps.end()));
+  }
+  // What earlier points are is not even looked at.
+  WriteText(dir / "metrics.jsonl", "{\"step\":9}\n{\"step\":3}\n{\"step\":4}\n");
+  EXPECT_THAT(steps_after(3), ::testing::ElementsAre(4));
 }
 
 TEST(ListenAddressTest, Forms) {

@@ -128,10 +128,24 @@ TEST_F(LauncherTest, TheLogsOfAnEarlierJobInTheFolderAreNotThisOnes) {
   ASSERT_OK(launcher_->Start(Request()).status());
   ASSERT_OK(launcher_->Start(Request()).status());  // an attempt that runs keeps its own
   ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
-  EXPECT_EQ(LastWords(logs), "");
+  EXPECT_EQ(LastWords(logs, 4), "");
   EXPECT_THAT(Log(), HasSubstr("prepared\ntrains\n"));
   EXPECT_FALSE(std::filesystem::exists(logs / "rank-3.log"));
   EXPECT_TRUE(std::filesystem::exists(logs / "notes.txt"));
+}
+
+TEST_F(LauncherTest, NothingIsWrittenThroughALinkInTheOutputFolder) {
+  WriteText(dir_ / "others", "another's");
+  std::filesystem::create_directories(dir_ / "out");
+  for (const char* link : {"job.yaml.tmp", "job.yaml"}) {
+    std::filesystem::create_symlink(dir_ / "others", dir_ / "out" / link);
+  }
+  Launcher("", "");
+  ASSERT_OK(launcher_->Start(Request()).status());
+  EXPECT_EQ(ReadText(dir_ / "others"), "another's");
+  EXPECT_FALSE(std::filesystem::is_symlink(dir_ / "out" / "job.yaml"));
+  EXPECT_EQ(ReadText(dir_ / "out" / "job.yaml"), "beta: 2\n");
+  ASSERT_TRUE(Reaches(Phase::kEnded)) << Log();
 }
 
 TEST_F(LauncherTest, LogsBehindALinkAreLeftAlone) {

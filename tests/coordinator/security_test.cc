@@ -470,12 +470,15 @@ TEST_F(SecurityTest, AnOutputFolderIsLookedAtAgainBeforeEachAttempt) {
   submit("bob", "allowed/of-bob/out");
   const std::string leaves = submit("alice", "allowed/link/out");
   const std::string intrudes = submit("alice", "allowed/mine");
+  const std::string prunes = submit("alice", "allowed/prunes");
   fs::remove(dir_ / "allowed/real");
   fs::create_symlink(dir_ / "outside", dir_ / "allowed/real");
   fs::create_symlink(dir_ / "allowed/of-bob", dir_ / "allowed/mine");
+  fs::create_directories(dir_ / "allowed/prunes");
+  fs::create_symlink(dir_ / "allowed/of-bob", dir_ / "allowed/prunes/checkpoints");
   WriteText(dir_ / "go", "");
-  for (const auto& [id, reason] :
-       {std::pair(leaves, "allowed_roots"), std::pair(intrudes, "leads to a folder of job")}) {
+  for (const auto& [id, reason] : {std::pair(leaves, "allowed_roots"), std::pair(intrudes, "leads to a folder of job"),
+                                   std::pair(prunes, "leads out of the output folder")}) {
     v1::GetJobResponse got;
     ASSERT_TRUE(Eventually([&] {
       grpc::ClientContext context;

@@ -90,6 +90,16 @@ TEST(SubmissionTest, AnOutputFolderMustBePossible) {
   EXPECT_THAT(problem(dir / "closed/new/er"), HasSubstr("cannot be written to"));
 }
 
+TEST(SubmissionTest, AFolderThatCannotBeMadeNamesItsReason) {
+  TempDir dir;
+  EXPECT_EQ(MakeFolder(dir / "a/b"), "");
+  EXPECT_EQ(MakeFolder(dir / "a/b"), "");
+  EXPECT_TRUE(std::filesystem::is_directory(dir / "a/b"));
+  WriteText(dir / "file", "");
+  EXPECT_THAT(MakeFolder(dir / "file/a"), HasSubstr("cannot be made"));
+  EXPECT_THAT(MakeFolder("/proc/simpo/out"), HasSubstr("cannot be made"));
+}
+
 TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
   TempDir dir;
   std::filesystem::create_directories(dir / "real");
@@ -105,6 +115,9 @@ TEST(SubmissionTest, AnOutputFolderIsKeptByItsRealName) {
   std::filesystem::create_directories(dir / "\xff");
   std::filesystem::create_symlink(dir / "\xff", dir / "latin");
   EXPECT_THAT(AllText(check(dir / "latin/out").violations), HasSubstr("not UTF-8")) << "could not be stored";
+  EXPECT_THAT(check("beside").notes,
+              ::testing::Contains(HasSubstr("'beside' is relative: the results go to DATA_DIR")));
+  EXPECT_THAT(check(dir / "real").notes, ::testing::Not(::testing::Contains(HasSubstr("is relative"))));
   EXPECT_THAT(AllText(check(dir / "dangling/out").violations), HasSubstr("output_dir"));
 }
 
