@@ -691,7 +691,7 @@ void Dispatcher::Launch(JobRecord& record, Moment now) {
   // A folder of the coordinator's choice is no fault of the job's.
   if (violations.empty() && problem.empty() && fs::path(job.output_dir()).parent_path() != options_.outputs_dir) {
     problem = ProblemOfFolder(job.output_dir());
-    if (problem.empty()) problem = MakeFolder(record.attempts.back().log_dir());
+    if (problem.empty()) problem = MakeFolder(job.output_dir());
   }
   if (!problem.empty()) violations.push_back({"output_dir", 0, std::move(problem)});
   if (!violations.empty()) {
