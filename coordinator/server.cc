@@ -49,12 +49,13 @@ constexpr int kLeastPingMs = 10'000;
 
 milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1000)); }
 
-Guard::Options GuardOptions(const ServerOptions& options, AuditLog* audit) {
+Guard::Options GuardOptions(const ServerOptions& options, AuditLog* audit, AuditLog* refusals) {
   return {.token_file = options.TokenFile(),
           .client_certificates = !options.tls_client_ca.empty(),
           .calls_per_second = options.calls_per_second,
           .streams_per_user = kMaxStreamsOfAUser,
-          .audit = audit};
+          .audit = audit,
+          .refusals = refusals};
 }
 
 Dispatcher::Options DispatcherOptions(const ServerOptions& options, const AllowedRoots& roots) {
@@ -94,7 +95,8 @@ class ServerImpl final : public Server {
       : options_(options),
         lock_(std::move(lock)),
         audit_(fs::path(options_.data_dir) / "audit.jsonl"),
-        guard_(GuardOptions(options_, &audit_)),
+        refusals_(fs::path(options_.data_dir) / "audit-refused.jsonl"),
+        guard_(GuardOptions(options_, &audit_, &refusals_)),
         roots_(fs::path(options_.data_dir) / "outputs", options_.allowed_roots, [this] { return guard_.asks(); }) {}
   ~ServerImpl() override { Shutdown(); }
 
@@ -262,6 +264,7 @@ class ServerImpl final : public Server {
   std::optional<MpirunLauncher> launcher_;
   std::optional<StreamPump> pump_;
   std::optional<Dispatcher> dispatcher_;
+  AuditLog refusals_;
   std::optional<Controller> controller_;
   std::optional<CoordinatorCollectable> collectable_;
   std::optional<TrainingService> training_;
