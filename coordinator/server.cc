@@ -112,12 +112,21 @@ class ServerImpl final : public Server {
     pump_.emplace();
     // Jobs are there before anybody can ask for them.
     SIMPO_RETURN_IF_ERROR(dispatcher_->Load(Moment::Now()));
-    controller_.emplace(*dispatcher_, [this, on_failure = std::move(on_failure)](const absl::Status& status) {
+    controller_.emplace(*dispatcher_, [this, on_failure](const absl::Status& status) {
       healthy_ = false;
-      on_failure(status);
+      on_failure(absl::Status(
+          status.code(), absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
+                                      "again when this is mended: ",
+                                      std::string(status.message()))));
     });
     metrics_->SetListener([this] { controller_->Wake(); });
-    SIMPO_RETURN_IF_ERROR(StartHttp());
+    SIMPO_RETURN_IF_ERROR(StartHttp([on_failure](const absl::Status& status) {
+      on_failure(absl::Status(
+          status.code(), absl::StrCat("cannot serve HTTP any more and stops; running gangs go on, start the "
+                                      "coordinator again, when the machine has open files and memory again if they "
+                                      "have run out: ",
+                                      std::string(status.message()))));
+    }));
     SIMPO_RETURN_IF_ERROR(StartGrpc());
     std::string tls_name;
     if (options_.Tls().on()) {
@@ -173,7 +182,7 @@ class ServerImpl final : public Server {
     };
   }
 
-  absl::Status StartHttp() {
+  absl::Status StartHttp(std::function<void(const absl::Status&)> on_failure) {
     SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress("--http", options_.http));
     SIMPO_RETURN_IF_ERROR(CheckCanListen(address, "--http"));
     collectable_.emplace([this] { return TakeSnapshot(); });
@@ -184,7 +193,8 @@ class ServerImpl final : public Server {
                                                      .source = &*collectable_,
                                                      .problem = [this] { return Problem(); },
                                                      .tls = open ? options_.Tls() : TlsConfig(),
-                                                     .admit = open ? HttpAdmission() : nullptr}));
+                                                     .admit = open ? HttpAdmission() : nullptr,
+                                                     .on_failure = std::move(on_failure)}));
     facts_.http_address = address.Reachable(http_->port());
     return absl::OkStatus();
   }
@@ -254,6 +264,7 @@ class ServerImpl final : public Server {
   std::atomic<bool> healthy_ = true;
   std::atomic<bool> draining_ = false;
   AuditLog audit_;
+  AuditLog refusals_;
   Guard guard_;
   const AllowedRoots roots_;
   std::unique_ptr<Database> database_;
@@ -264,7 +275,6 @@ class ServerImpl final : public Server {
   std::optional<MpirunLauncher> launcher_;
   std::optional<StreamPump> pump_;
   std::optional<Dispatcher> dispatcher_;
-  AuditLog refusals_;
   std::optional<Controller> controller_;
   std::optional<CoordinatorCollectable> collectable_;
   std::optional<TrainingService> training_;
