@@ -8,7 +8,7 @@
 
 namespace simpo {
 
-// Who did what: one JSON object a line, in a file that only its owner may read. A full file is renamed to
+// Who did what: one JSON object a line, in a file that only its owner may read. A full audit.jsonl is renamed to
 // audit.1.jsonl, that one to audit.2.jsonl and so on; the oldest goes. Thread-safe.
 class AuditLog {
  public:

@@ -1,11 +1,12 @@
 #include "coordinator/controller.h"
 
 #include <algorithm>
-#include <cstddef>
 #include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/job_config_yaml.h"
+#include "coordinator/rpc_errors.h"
 
 namespace simpo {
 namespace {
@@ -13,8 +14,19 @@ namespace {
 constexpr std::chrono::milliseconds kTick{200};
 // Of what ranks say, in one group: a few milliseconds of work.
 constexpr size_t kRankEventsOfAGroup = 256;
+// Of what users ask, while the disk hangs: more than come at once when it does not.
+constexpr size_t kMaxWaitingCalls = 10'000;
+constexpr size_t kMaxWaitingBytes = 128 << 20;
 
 absl::Status Stopping() { return absl::UnavailableError("the coordinator is stopping; ask again when it is back"); }
+
+absl::Status TooManyWait(size_t calls) {
+  return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                        "nothing was changed: ", calls,
+                        " calls wait for the coordinator's disk, and no more are taken until it has written them; ask "
+                        "again in a minute, or have its administrator look at the disk of its data folder")),
+                    "TOO_MANY_CALLS_WAIT");
+}
 
 }  // namespace
 
@@ -38,12 +50,15 @@ void Controller::Post(std::deque<Event>& queue, Event event) {
   absl::Status refusal;
   {
     const std::lock_guard lock(mutex_);
-    if (!closed_) {
+    const bool full = &queue == &of_users_ &&
+                      (of_users_.size() >= kMaxWaitingCalls || bytes_of_users_ + event.bytes > kMaxWaitingBytes);
+    if (!closed_ && !full) {
+      bytes_of_users_ += event.bytes;
       queue.push_back(std::move(event));
       posted_.notify_one();
       return;
     }
-    refusal = refusal_;
+    refusal = closed_ ? refusal_ : TooManyWait(of_users_.size());
   }
   event.refuse(refusal);
 }
@@ -55,6 +70,7 @@ void Controller::RefuseAll(const absl::Status& status) {
     if (!closed_) refusal_ = status;
     closed_ = true;
     of_users.swap(of_users_);
+    bytes_of_users_ = 0;
     of_ranks.swap(of_ranks_);
   }
   for (const Event& event : of_users) event.refuse(status);
@@ -70,6 +86,7 @@ void Controller::Run() {
       std::unique_lock lock(mutex_);
       posted_.wait_until(lock, next_tick, [&] { return stop_ || woken_ || !of_users_.empty() || !of_ranks_.empty(); });
       events.swap(of_users_);
+      bytes_of_users_ = 0;
       woken_ = false;
       stop = stop_;
       const SteadyTime now = Moment::Now().steady;
@@ -104,9 +121,11 @@ bool Controller::Work(const std::deque<Event>& events, bool tick, bool last) {
 }
 
 void Controller::Submit(Submission submission, std::string request_id, const Dispatcher::SubmitDone& done) {
+  const size_t bytes = JobConfigToYaml(submission.config).size();  // a short file may stand for a large job
   Post(of_users_, {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
                              done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
-                   .refuse = [done](const absl::Status& status) { done(status); }});
+                   .refuse = [done](const absl::Status& status) { done(status); },
+                   .bytes = bytes});
 }
 
 void Controller::Check(v1::Job job, std::string output_dir, const std::function<void(absl::Status)>& done) {

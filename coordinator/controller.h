@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -18,7 +19,8 @@ namespace simpo {
 // The Dispatcher's thread, and the queues through which all others reach it. What waits is taken as one group
 // and committed at once: all that users ask, and a bounded part of what ranks say, so that no flood of reports
 // holds up a submit. What ranks say counts as heard when it came, however long it waited here, and before ranks are
-// judged at a tick all that came is taken. Thread-safe; no function waits for the disk.
+// judged at a tick all that came is taken. Of what users ask only so much waits; the rest is refused at once, so that
+// a disk that hangs fills no memory. Thread-safe; no function waits for the disk.
 class Controller {
  public:
   // `on_failure` is called once, by the controller's thread, when the stores cannot be written any more;
@@ -55,6 +57,7 @@ class Controller {
   struct Event {
     std::function<void(Moment)> apply;
     std::function<void(const absl::Status&)> refuse;
+    size_t bytes = 0;  // that it holds, where a user chooses how many
     SteadyTime arrived{};
   };
   void Post(std::deque<Event>& queue, Event event);
@@ -68,6 +71,7 @@ class Controller {
   mutable std::mutex mutex_;
   std::condition_variable posted_;
   std::deque<Event> of_users_;  // guarded by mutex_
+  size_t bytes_of_users_ = 0;   // guarded by mutex_; those of of_users_
   std::deque<Event> of_ranks_;  // guarded by mutex_; in order, since a stream's last word must not pass the others
   bool woken_ = false;          // guarded by mutex_
   bool stop_ = false;           // guarded by mutex_

@@ -129,15 +129,7 @@ absl::StatusOr<Caller> Guard::Admit(std::string_view method, const Credentials& 
                       "ROLE_TOO_LOW");
   }();
   if (status.ok()) return caller;
-  if (options_.audit != nullptr) {
-    options_.audit->Write({.user = caller.user,
-                           .role = absl::IsUnauthenticated(status) ? "" : std::string(RoleName(caller.role)),
-                           .peer = caller.peer,
-                           .method = ShortName(method),
-                           .job = job,
-                           .outcome = absl::StatusCodeToString(status.code()),
-                           .reason = std::string(status.message())});
-  }
+  Note(method, caller, job, status);
   return status;
 }
 
@@ -192,14 +184,16 @@ void Guard::CloseStream(const std::string& user) {
 }
 
 void Guard::Note(std::string_view method, const Caller& caller, const std::string& job, const absl::Status& outcome) {
-  if (options_.audit == nullptr) return;
-  options_.audit->Write({.user = caller.user,
-                         .role = caller.user.empty() ? "" : std::string(RoleName(caller.role)),
-                         .peer = caller.peer,
-                         .method = ShortName(method),
-                         .job = job,
-                         .outcome = absl::StatusCodeToString(outcome.code()),
-                         .reason = std::string(outcome.message())});
+  AuditLog* const log = outcome.ok() ? options_.audit : options_.refusals;
+  if (log == nullptr) return;
+  const bool known = !caller.user.empty() && !absl::IsUnauthenticated(outcome);
+  log->Write({.user = caller.user,
+              .role = known ? std::string(RoleName(caller.role)) : "",
+              .peer = caller.peer,
+              .method = ShortName(method),
+              .job = job,
+              .outcome = absl::StatusCodeToString(outcome.code()),
+              .reason = std::string(outcome.message())});
 }
 
 }  // namespace simpo

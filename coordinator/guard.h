@@ -50,7 +50,8 @@ class Guard {
     bool client_certificates = false;  // callers must have shown one
     double calls_per_second = 0;       // of each user with a token; 0: no limit
     int streams_per_user = 0;          // at a time, of each user with a token; 0: no limit
-    AuditLog* audit = nullptr;         // outlives this; empty: none
+    AuditLog* audit = nullptr;         // of changes; outlives this; empty: none
+    AuditLog* refusals = nullptr;      // of what was refused or failed: a flood of it drives no change out of `audit`
   };
   explicit Guard(Options options) : options_(std::move(options)), tokens_(options_.token_file) {}
 
@@ -73,7 +74,7 @@ class Guard {
   absl::StatusOr<std::shared_ptr<void>> OpenStream(std::string_view method, const Caller& caller,
                                                    const std::string& job);
 
-  // Notes how a call ended that changes something; refusals that Admit made are noted already.
+  // Notes how a call ended that was to change something; refusals that Admit made are noted already.
   void Note(std::string_view method, const Caller& caller, const std::string& job, const absl::Status& outcome);
 
   // Whether callers have to say who they are.

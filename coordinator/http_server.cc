@@ -3,11 +3,15 @@
 #include <httplib.h>
 #include <prometheus/text_serializer.h>
 
+#include <atomic>
+#include <cerrno>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <sstream>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -48,11 +52,17 @@ std::unique_ptr<httplib::Server> MakeServer(const TlsConfig& tls) {
 class ThreadPerConnection final : public httplib::TaskQueue {
  public:
   void enqueue(std::function<void()> connection) override {
-    const std::lock_guard lock(mutex_);
-    waiting_.push_back(std::move(connection));
-    if (running_ == kMaxThreads) return;
-    ++running_;
-    std::thread([this] { Run(); }).detach();
+    {
+      const std::lock_guard lock(mutex_);
+      waiting_.push_back(std::move(connection));
+      if (running_ == kMaxThreads) return;
+      ++running_;
+    }
+    try {
+      std::thread([this] { Run(); }).detach();
+    } catch (const std::system_error&) {
+      Run();  // no thread can be had: the one that takes connections serves what waits, and takes others after that
+    }
   }
   void shutdown() override {
     std::unique_lock lock(mutex_);
@@ -113,6 +123,7 @@ class Server final : public HttpServer {
     });
   }
   ~Server() override {
+    stopping_ = true;
     server_->stop();
     if (thread_.joinable()) thread_.join();
   }
@@ -126,9 +137,17 @@ class Server final : public HttpServer {
     return server_->bind_to_port(options_.host, options_.port);
   }
   void Listen() {
-    thread_ = std::thread([this] { server_->listen_after_bind(); });
+    thread_ = std::thread([this] {
+      server_->listen_after_bind();
+      // The library closes its listener for good after an error of accept.
+      const int error = errno;
+      ended_ = true;
+      if (stopping_ || !options_.on_failure) return;
+      options_.on_failure(absl::UnavailableError(
+          absl::StrCat("cannot take connections of HTTP any more (", std::strerror(error), ")")));
+    });
     // stop() has no effect on a server that is not running yet.
-    while (!server_->is_running()) std::this_thread::yield();
+    while (!server_->is_running() && !ended_) std::this_thread::yield();
   }
   int port() const override { return port_; }
 
@@ -136,6 +155,8 @@ class Server final : public HttpServer {
   const Options options_;
   std::unique_ptr<httplib::Server> server_;
   int port_ = 0;
+  std::atomic<bool> stopping_ = false;
+  std::atomic<bool> ended_ = false;
   std::thread thread_;
 };
 

@@ -25,6 +25,8 @@ class HttpServer {
     TlsConfig tls;                          // off: plain HTTP
     // Whether a caller with this Authorization header, from this address, may see /metrics. Empty: anybody.
     std::function<absl::Status(const std::string& authorization, const std::string& peer)> admit;
+    // Called at most once, from another thread, when no connection can be taken any more. It returns soon.
+    std::function<void(const absl::Status&)> on_failure;
   };
   // UNAVAILABLE names the address and why it cannot be had.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(Options options);

@@ -92,13 +92,8 @@ int Serve(const ServerOptions& options) {
   // Before any thread exists, so that all inherit it and only sigwait below takes them.
   const sigset_t signals = EndSignals();
   sigprocmask(SIG_BLOCK, &signals, nullptr);
-  absl::StatusOr<std::unique_ptr<Server>> server =
-      Server::Start(options, SIMPO_VERSION, [](const absl::Status& status) {
-        StopFailed(
-            absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
-                         "again when this is mended: ",
-                         std::string(status.message())));
-      });
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(
+      options, SIMPO_VERSION, [](const absl::Status& status) { StopFailed(std::string(status.message())); });
   if (!server.ok()) return Fail(server.status());
   std::printf("simpo-coordinator %s ready: grpc %s, http %s, data %s, %d slots\n", SIMPO_VERSION,
               (*server)->grpc_address().c_str(), (*server)->http_address().c_str(), options.data_dir.c_str(),

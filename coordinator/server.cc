@@ -49,12 +49,13 @@ constexpr int kLeastPingMs = 10'000;
 
 milliseconds Milliseconds(double seconds) { return milliseconds(static_cast<int64_t>(seconds * 1000)); }
 
-Guard::Options GuardOptions(const ServerOptions& options, AuditLog* audit) {
+Guard::Options GuardOptions(const ServerOptions& options, AuditLog* audit, AuditLog* refusals) {
   return {.token_file = options.TokenFile(),
           .client_certificates = !options.tls_client_ca.empty(),
           .calls_per_second = options.calls_per_second,
           .streams_per_user = kMaxStreamsOfAUser,
-          .audit = audit};
+          .audit = audit,
+          .refusals = refusals};
 }
 
 Dispatcher::Options DispatcherOptions(const ServerOptions& options, const AllowedRoots& roots) {
@@ -94,7 +95,8 @@ class ServerImpl final : public Server {
       : options_(options),
         lock_(std::move(lock)),
         audit_(fs::path(options_.data_dir) / "audit.jsonl"),
-        guard_(GuardOptions(options_, &audit_)),
+        refusals_(fs::path(options_.data_dir) / "audit-refused.jsonl"),
+        guard_(GuardOptions(options_, &audit_, &refusals_)),
         roots_(fs::path(options_.data_dir) / "outputs", options_.allowed_roots, [this] { return guard_.asks(); }) {}
   ~ServerImpl() override { Shutdown(); }
 
@@ -110,12 +112,21 @@ class ServerImpl final : public Server {
     pump_.emplace();
     // Jobs are there before anybody can ask for them.
     SIMPO_RETURN_IF_ERROR(dispatcher_->Load(Moment::Now()));
-    controller_.emplace(*dispatcher_, [this, on_failure = std::move(on_failure)](const absl::Status& status) {
+    controller_.emplace(*dispatcher_, [this, on_failure](const absl::Status& status) {
       healthy_ = false;
-      on_failure(status);
+      on_failure(absl::Status(
+          status.code(), absl::StrCat("cannot write the database and stops; running gangs go on, start the coordinator "
+                                      "again when this is mended: ",
+                                      std::string(status.message()))));
     });
     metrics_->SetListener([this] { controller_->Wake(); });
-    SIMPO_RETURN_IF_ERROR(StartHttp());
+    SIMPO_RETURN_IF_ERROR(StartHttp([on_failure](const absl::Status& status) {
+      on_failure(absl::Status(
+          status.code(), absl::StrCat("cannot serve HTTP any more and stops; running gangs go on, start the "
+                                      "coordinator again, when the machine has open files and memory again if they "
+                                      "have run out: ",
+                                      std::string(status.message()))));
+    }));
     SIMPO_RETURN_IF_ERROR(StartGrpc());
     std::string tls_name;
     if (options_.Tls().on()) {
@@ -177,7 +188,7 @@ class ServerImpl final : public Server {
     };
   }
 
-  absl::Status StartHttp() {
+  absl::Status StartHttp(std::function<void(const absl::Status&)> on_failure) {
     SIMPO_ASSIGN_OR_RETURN(const ListenAddress address, ParseListenAddress("--http", options_.http));
     SIMPO_RETURN_IF_ERROR(CheckCanListen(address, "--http"));
     collectable_.emplace([this] { return TakeSnapshot(); });
@@ -188,7 +199,8 @@ class ServerImpl final : public Server {
                                                      .source = &*collectable_,
                                                      .problem = [this] { return Problem(); },
                                                      .tls = open ? options_.Tls() : TlsConfig(),
-                                                     .admit = open ? HttpAdmission() : nullptr}));
+                                                     .admit = open ? HttpAdmission() : nullptr,
+                                                     .on_failure = std::move(on_failure)}));
     facts_.http_address = address.Reachable(http_->port());
     return absl::OkStatus();
   }
@@ -258,6 +270,7 @@ class ServerImpl final : public Server {
   std::atomic<bool> healthy_ = true;
   std::atomic<bool> draining_ = false;
   AuditLog audit_;
+  AuditLog refusals_;
   Guard guard_;
   const AllowedRoots roots_;
   std::unique_ptr<Database> database_;

@@ -19,7 +19,8 @@ namespace simpo {
 class Server {
  public:
   // `options` are complete (CompleteServerOptions). `on_failure` is called from another thread when the
-  // database can no longer be written: destroy the server then. Errors name place and remedy; nothing is
+  // database can no longer be written, or HTTP no longer be served, and says what and the remedy: destroy the server
+  // then. Errors name place and remedy; nothing is
   // left behind by them.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options, const std::string& version,
                                                        std::function<void(const absl::Status&)> on_failure);

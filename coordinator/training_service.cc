@@ -50,11 +50,15 @@ class UnaryCall {
   grpc::ServerUnaryReactor* Refuse() const { return Answer(state_->admitted); }
   // Once. `job`: the id of the job that was changed, or was not to be.
   grpc::ServerUnaryReactor* Finish(const absl::Status& status, const std::string& job = "") const {
+    Note(status, job);
+    return Answer(status);
+  }
+  // Of a call whose time was up before this came of it: what was changed is in the audit log all the same.
+  void Note(const absl::Status& status, const std::string& job = "") const {
     const MethodRule* rule = FindRule(state_->rule);
     if (rule != nullptr && rule->changes && !state_->only_looks) {
       state_->parts.guard.Note(state_->rule, state_->caller, job, status);
     }
-    return Answer(status);
   }
   // The call changes nothing after all.
   void OnlyLooks() const { state_->only_looks = true; }
@@ -109,7 +113,7 @@ class UnaryCall {
 template <typename Response>
 auto AnswerLater(const UnaryCall& call, Response* response, const std::string& job = "") {
   return [call, response, job](absl::StatusOr<Response> result) {
-    if (!call.Claim()) return;
+    if (!call.Claim()) return call.Note(result.status(), job);
     if (result.ok()) response->Swap(&*result);
     call.Finish(result.status(), job);
   };
@@ -220,9 +224,10 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   }
   parts_.controller.Submit(std::move(submission), request->request_id(),
                            [call, response](absl::StatusOr<v1::SubmitJobResponse> result) {
-                             if (!call.Claim()) return;
+                             const std::string id = result.ok() ? result->job().id() : "";
+                             if (!call.Claim()) return call.Note(result.status(), id);
                              if (result.ok()) response->Swap(&*result);
-                             call.Finish(result.status(), response->job().id());
+                             call.Finish(result.status(), id);
                            });
   return call.reactor();
 }

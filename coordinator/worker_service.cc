@@ -206,20 +206,17 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
       const std::shared_ptr<RegisterCall> call = weak.lock();
       if (rang && call) call->rendezvous_.Expire(call->call_);
     });
-    rendezvous_.Arrive(call_, request.nccl_id(), [call = self_](absl::StatusOr<std::string> bytes) {
-      const grpc::Status status = ToGrpcStatus(bytes.status());
-      if (bytes.ok()) call->response_->set_nccl_id(*std::move(bytes));
-      call->Reply(status);
-    });
+    rendezvous_.Arrive(call_, request.nccl_id(),
+                       [call = self_](absl::StatusOr<std::string> bytes) { call->Reply(std::move(bytes)); });
   }
   void Refuse(const absl::Status& status) {
     self_ = shared_from_this();
-    Reply(ToGrpcStatus(status));
+    Reply(status);
   }
 
   void OnCancel() override {
     rendezvous_.Forget(call_);
-    Reply(grpc::Status::CANCELLED);
+    Reply(absl::CancelledError());
   }
   void OnDone() override {
     alarm_.Cancel();
@@ -227,8 +224,12 @@ class RegisterCall final : public grpc::ServerUnaryReactor, public std::enable_s
   }
 
  private:
-  void Reply(const grpc::Status& status) {
-    if (!replied_.exchange(true)) Finish(status);
+  // The response is there until the first reply.
+  void Reply(absl::StatusOr<std::string> bytes) {
+    if (replied_.exchange(true)) return;
+    const grpc::Status status = ToGrpcStatus(bytes.status());
+    if (bytes.ok()) response_->set_nccl_id(*std::move(bytes));
+    Finish(status);
   }
 
   Rendezvous& rendezvous_;

@@ -371,10 +371,11 @@ void Client::Receive(Session& session) {
     if (response.has_welcome() && !session.welcome) {
       const v1::Welcome& welcome = response.welcome();
       acked_ = kNothing;
+      // What another session sent and no acknowledgement has confirmed may be lost: once more. The welcome's steps
+      // confirm no event: a coordinator that was killed may have stored the steps and not yet the event before them.
+      for (Event& event : events_) event.sent = false;
       TakeAck({welcome.last_stored_step(), welcome.last_stored_eval_step()});
       session.sent = acked_;
-      // What another session sent and nothing has confirmed may be lost: once more.
-      for (Event& event : events_) event.sent = false;
       if (welcome.heartbeat_interval_ms() > 0) {
         session.heartbeat_interval =
             std::clamp(milliseconds(welcome.heartbeat_interval_ms()), kMinHeartbeat, kMaxHeartbeat);
@@ -494,11 +495,13 @@ bool Client::SendEvents(Session& session) {
     v1::AttachRequest request;
     {
       const std::lock_guard lock(mutex_);
-      const auto next = std::find_if(events_.begin(), events_.end(), [](const Event& event) { return !event.sent; });
-      if (next == events_.end()) return true;
       // Points first: `finished` is the last that a coordinator hears. But which of the files' points are this
-      // attempt's, it knows from `resumed` alone.
-      if (PointsWait(session) && next->event.type() != "resumed") return true;
+      // attempt's, it knows from `resumed` alone, whatever was said before that.
+      const bool points_wait = PointsWait(session);
+      const auto next = std::find_if(events_.begin(), events_.end(), [&](const Event& event) {
+        return !event.sent && (!points_wait || event.event.type() == "resumed");
+      });
+      if (next == events_.end()) return true;
       next->sent = true;
       next->after_step = session.sent[kTrain];
       *request.mutable_event() = next->event;

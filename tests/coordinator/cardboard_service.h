@@ -107,7 +107,11 @@ struct CardboardService {
   StreamPump pump;
   const int streams_per_user;
   AuditLog audit{dir / "audit.jsonl"};
-  Guard guard{{.token_file = dir / "tokens.json", .streams_per_user = streams_per_user, .audit = &audit}};
+  AuditLog refusals{dir / "audit-refused.jsonl"};
+  Guard guard{{.token_file = dir / "tokens.json",
+               .streams_per_user = streams_per_user,
+               .audit = &audit,
+               .refusals = &refusals}};
   const AllowedRoots roots{dir / "outputs", {}, [this] { return guard.asks(); }};
   std::optional<Dispatcher> dispatcher;
   std::optional<Controller> controller;

@@ -118,6 +118,36 @@ TEST_F(ControllerTest, StopAnswersEverybody) {
   EXPECT_EQ(ValueOf(stores_.jobs->LoadJobs()).size(), views_.All().size());
 }
 
+// As while the disk hangs: what waits is bounded by number and by size, and each is answered in the end.
+TEST_F(ControllerTest, OnlySoMuchOfUsersWaits) {
+  int answers = 0, waiting = 0;
+  absl::Status refused;
+  {
+    Controller never_started(*dispatcher_, [](const absl::Status&) {});
+    const auto fill = [&](const std::function<void(const std::function<void(absl::Status)>&)>& ask) {
+      for (refused = absl::OkStatus(); refused.ok() && waiting < 50'000; ++waiting) {
+        ask([&](absl::Status status) {
+          ++answers;
+          refused = std::move(status);
+        });
+      }
+    };
+    Submission large = CheckSubmission(SubmitRequest(JobYaml()), 4);
+    large.config.chat_template = std::string(1 << 20, 'x');
+    fill([&](auto done) { never_started.Submit(large, "", [done](const auto& answer) { done(answer.status()); }); });
+    EXPECT_LT(waiting, 200);
+    EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_THAT(std::string(refused.message()), ::testing::HasSubstr("ask again"));
+    fill([&](auto done) { never_started.Cancel("job", [done](const auto& answer) { done(answer.status()); }); });
+    EXPECT_GT(waiting, 5'000) << "a fleet's calls that come at once are taken";
+    EXPECT_LT(waiting, 20'000);
+    EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(answers, 2);
+  }
+  EXPECT_EQ(answers, waiting);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
+}
+
 // A stream that counts its pumps and is over after some.
 class CountedStream final : public PumpedStream {
  public:

@@ -5,6 +5,7 @@
 #include <httplib.h>
 #include <netinet/in.h>
 #include <prometheus/text_serializer.h>
+#include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -13,6 +14,8 @@
 #include <random>
 #include <set>
 #include <sstream>
+#include <system_error>
+#include <thread>
 
 #include "common/metric_names.h"
 #include "coordinator/http_server.h"
@@ -170,6 +173,24 @@ TEST(HttpServerTest, Pages) {
   HttpServer::Options taken = options;
   taken.port = server->port();
   EXPECT_EQ(HttpServer::Start(taken).status().code(), absl::StatusCode::kUnavailable);
+}
+
+// As at a limit of processes: the pages are served all the same.
+TEST(HttpServerTest, WithoutAThreadToBeHadItServesOn) {
+  const CoordinatorCollectable source([] { return ExpositionSnapshot{.version = "9"}; });
+  const auto server = ValueOf(HttpServer::Start(
+      {.host = "127.0.0.1", .title = "alone", .source = &source, .problem = [] { return std::string(); }}));
+  pthread_attr_t usual, huge;
+  ASSERT_EQ(pthread_getattr_default_np(&usual), 0);
+  ASSERT_EQ(pthread_attr_init(&huge), 0);
+  ASSERT_EQ(pthread_attr_setstacksize(&huge, size_t{1} << 50), 0);  // more than there are addresses
+  ASSERT_EQ(pthread_setattr_default_np(&huge), 0);
+  EXPECT_THROW(std::thread([] {}).join(), std::system_error);
+  for (int i = 0; i < 3; ++i) {
+    const auto page = httplib::Client("127.0.0.1", server->port()).Get("/healthz");
+    EXPECT_TRUE(page && page->status == 200);
+  }
+  EXPECT_EQ(pthread_setattr_default_np(&usual), 0);
 }
 
 TEST(HttpServerTest, SlowClientsHoldUpNobody) {

@@ -22,7 +22,7 @@ class GuardTest : public ::testing::Test {
     EXPECT_TRUE(AddToken(dir_ / "tokens.json", made.token).ok());
     return made.text;
   }
-  Guard::Options Options() { return {.token_file = dir_ / "tokens.json", .audit = &audit_}; }
+  Guard::Options Options() { return {.token_file = dir_ / "tokens.json", .audit = &audit_, .refusals = &refusals_}; }
   static Guard::Credentials Bearer(const std::string& token) {
     return {.authorization = "Bearer " + token, .peer = "ipv4:10.0.0.1:5"};
   }
@@ -35,15 +35,16 @@ class GuardTest : public ::testing::Test {
     }
     return info.reason();
   }
-  std::vector<nlohmann::json> Audit() {
+  std::vector<nlohmann::json> Refusals() {
     std::vector<nlohmann::json> lines;
-    for (absl::string_view line : absl::StrSplit(ReadText(dir_ / "audit.jsonl"), '\n', absl::SkipEmpty())) {
+    for (absl::string_view line : absl::StrSplit(ReadText(dir_ / "audit-refused.jsonl"), '\n', absl::SkipEmpty())) {
       lines.push_back(nlohmann::json::parse(line));
     }
     return lines;
   }
   TempDir dir_;
-  AuditLog audit_{dir_ / "audit.jsonl"};
+  AuditLog audit_{dir_ / "audit.jsonl", /*max_bytes=*/10'000, /*kept=*/1};
+  AuditLog refusals_{dir_ / "audit-refused.jsonl", /*max_bytes=*/10'000, /*kept=*/1};
 };
 
 TEST_F(GuardTest, WithoutTokensEverybodyMayDoAll) {
@@ -100,7 +101,7 @@ TEST_F(GuardTest, RefusalsSayWhatToDoAndCarryAReason) {
     EXPECT_EQ(ReasonOf(expected.status), expected.reason);
     EXPECT_THAT(std::string(expected.status.message()), HasSubstr(expected.words));
   }
-  const std::vector<nlohmann::json> lines = Audit();
+  const std::vector<nlohmann::json> lines = Refusals();
   ASSERT_EQ(lines.size(), std::size(kCases)) << "one line for each refusal";
   EXPECT_EQ(lines.back()["user"], "rita");
   EXPECT_EQ(lines.back()["role"], "read");
@@ -109,8 +110,25 @@ TEST_F(GuardTest, RefusalsSayWhatToDoAndCarryAReason) {
   EXPECT_EQ(lines.back()["outcome"], "PERMISSION_DENIED");
   EXPECT_EQ(lines.back()["peer"], "ipv4:10.0.0.1:5");
   for (const std::string& token : {read, old}) {
-    EXPECT_THAT(ReadText(dir_ / "audit.jsonl"), ::testing::Not(HasSubstr(token)));
+    EXPECT_THAT(ReadText(dir_ / "audit-refused.jsonl"), ::testing::Not(HasSubstr(token)));
   }
+}
+
+// Nobody drives what was done out of the audit log by calls that are refused, with a token or without.
+TEST_F(GuardTest, RefusalsLeaveTheLogOfChangesAlone) {
+  Guard guard(Options());
+  const Caller ada = ValueOf(guard.Admit("TrainingService/CancelJob", Bearer(MakeTokenOf(Role::kAdmin, "ada")), ""));
+  guard.Note("TrainingService/CancelJob", ada, "job7", absl::OkStatus());
+  const std::string before = ReadText(dir_ / "audit.jsonl");
+  EXPECT_THAT(before, HasSubstr("job7"));
+  for (int i = 0; i < 500; ++i) {
+    EXPECT_FALSE(guard.Admit("TrainingService/CancelJob", Bearer("simpo_no"), "job8").ok());
+    guard.Note("TrainingService/CancelJob", ada, "job9", absl::NotFoundError("no such job"));
+  }
+  EXPECT_EQ(ReadText(dir_ / "audit.jsonl"), before);
+  EXPECT_TRUE(std::filesystem::exists(dir_ / "audit-refused.1.jsonl"));
+  EXPECT_EQ(Refusals().back()["job"], "job9");
+  EXPECT_EQ(Refusals().back()["role"], "admin");
 }
 
 TEST_F(GuardTest, OnlyOnesOwnJobsAreChanged) {

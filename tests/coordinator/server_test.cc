@@ -172,6 +172,31 @@ TEST_F(ServerTest, APortInUseIsSaidAndNothingStays) {
   EXPECT_TRUE(Start(Options()).ok());
 }
 
+// As when the machine has no open file left for accept: the web server takes no connection after that.
+TEST_F(ServerTest, AWebListenerThatEndsIsSaid) {
+  std::mutex mutex;
+  std::vector<std::string> failures;
+  const auto server = ValueOf(Server::Start(Options(), "1.2.3", [&](const absl::Status& status) {
+    const std::lock_guard lock(mutex);
+    failures.emplace_back(status.message());
+  }));
+  int listener = -1;
+  for (int fd = 0; fd < 1024 && listener < 0; ++fd) {
+    sockaddr_in address = {};
+    socklen_t size = sizeof(address);
+    if (getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0 || address.sin_family != AF_INET) continue;
+    if (absl::StrCat("127.0.0.1:", ntohs(address.sin_port)) == server->http_address()) listener = fd;
+  }
+  ASSERT_EQ(shutdown(listener, SHUT_RDWR), 0);
+  const auto said = [&] {
+    const std::lock_guard lock(mutex);
+    return !failures.empty();
+  };
+  ASSERT_TRUE(Eventually(said));
+  const std::lock_guard lock(mutex);
+  EXPECT_THAT(failures, ::testing::ElementsAre(HasSubstr("running gangs go on, start the coordinator again")));
+}
+
 TEST_F(ServerTest, ADataDirectoryThatCannotBe) {
   WriteText(dir_ / "file", "");
   const absl::Status status = Start(Options("file/data")).status();

@@ -48,6 +48,17 @@ class ServicesTest : public ::testing::Test {
   bool Reaches(const std::string& id, const std::string& state) {
     return Eventually([&] { return State(id) == state; });
   }
+  // "USER METHOD OUTCOME" of each line of an audit log.
+  std::vector<std::string> AuditLines(const std::string& file) {
+    std::vector<std::string> lines;
+    for (absl::string_view line : absl::StrSplit(ReadText(dir_ / file), '\n', absl::SkipEmpty())) {
+      const auto json = nlohmann::json::parse(line);
+      lines.push_back(absl::StrCat(json["user"].get<std::string>(), " ", json["method"].get<std::string>(), " ",
+                                   json["outcome"].get<std::string>()));
+      EXPECT_NE(json["peer"], "");
+    }
+    return lines;
+  }
 
   // A rank's end of an Attach stream.
   struct RankClient {
@@ -721,17 +732,11 @@ TEST_F(ServicesWithTokensTest, AJobIsItsTokensUsers) {
   EXPECT_TRUE(CancelAs("ada", response.job().id()).ok());
 
   // Every change and every refusal has its line.
-  std::vector<std::string> lines;
-  for (absl::string_view line : absl::StrSplit(ReadText(dir_ / "audit.jsonl"), '\n', absl::SkipEmpty())) {
-    const auto json = nlohmann::json::parse(line);
-    lines.push_back(absl::StrCat(json["user"].get<std::string>(), " ", json["method"].get<std::string>(), " ",
-                                 json["outcome"].get<std::string>()));
-    EXPECT_NE(json["peer"], "");
-  }
-  EXPECT_THAT(lines, ElementsAre("rita SubmitJob PERMISSION_DENIED", "sam SubmitJob OK", "sam SubmitJob OK",
-                                 "sue SubmitJob ALREADY_EXISTS", "rita CancelJob PERMISSION_DENIED",
-                                 "sue CancelJob PERMISSION_DENIED", "sam CancelJob OK", "sam SubmitJob OK",
-                                 "ada CancelJob OK"));
+  EXPECT_THAT(AuditLines("audit.jsonl"), ElementsAre("sam SubmitJob OK", "sam SubmitJob OK", "sam CancelJob OK",
+                                                     "sam SubmitJob OK", "ada CancelJob OK"));
+  EXPECT_THAT(AuditLines("audit-refused.jsonl"),
+              ElementsAre("rita SubmitJob PERMISSION_DENIED", "sue SubmitJob ALREADY_EXISTS",
+                          "rita CancelJob PERMISSION_DENIED", "sue CancelJob PERMISSION_DENIED"));
 }
 
 TEST_F(ServicesWithTokensTest, AnotherUsersFolderIsNotWrittenTo) {
@@ -846,8 +851,18 @@ TEST_F(StalledServicesTest, ACallThatCannotBeStoredEnds) {
   const grpc::Status of_look = Submit(look, &response);
   EXPECT_EQ(of_look.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_THAT(of_look.error_message(), HasSubstr("ask again"));
+  v1::DrainNodeRequest drain;
+  drain.set_node("local");
+  drain.set_keep_running(true);
+  v1::DrainNodeResponse drained;
+  grpc::ClientContext context;
+  EXPECT_EQ(stub_->DrainNode(&context, drain, &drained).error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   controller_.Start(launcher_);
   ASSERT_TRUE(Eventually([&] { return views_.All().size() == 1; }));
+  // What was changed is in the audit log, however late.
+  EXPECT_TRUE(Eventually([&] { return AuditLines("audit.jsonl").size() == 2; }));
+  EXPECT_THAT(AuditLines("audit.jsonl"), ElementsAre(" SubmitJob OK", " DrainNode OK"));
+  EXPECT_THAT(ReadText(dir_ / "audit.jsonl"), HasSubstr(views_.All()[0]->job.id()));
   ASSERT_TRUE(Submit(SubmitRequest(JobYaml(), "request-1"), &response).ok());
   EXPECT_TRUE(response.already_existed());
 }

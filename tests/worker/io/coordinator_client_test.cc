@@ -301,6 +301,7 @@ TEST_F(CoordinatorClientTest, WhereAnAttemptBeganIsSaidBeforeItsPoints) {
   std::ofstream(dir_.path() / "metrics.jsonl") << R"({"step":1,"loss":0.3})" << '\n'
                                                << R"({"step":2,"loss":0.2})" << '\n';
   const auto client = CoordinatorClient::Start(Options(gone));
+  client->ReportEvent("checkpoint", "skipped a damaged one", 0);
   client->ReportEvent("resumed", "resumed after step 2", 2);
   Train(*client, 3);
   client->ReportEvent("checkpoint", "wrote step 3", 3);
@@ -309,7 +310,29 @@ TEST_F(CoordinatorClientTest, WhereAnAttemptBeganIsSaidBeforeItsPoints) {
   Publish(coordinator.address());
   client->Finish(0, "", /*timeout_ms=*/20'000);
   coordinator.Stop();
-  EXPECT_THAT(coordinator.order_, ElementsAre("resumed", "train 1", "train 2", "train 3", "checkpoint", "finished"));
+  EXPECT_THAT(coordinator.order_,
+              ElementsAre("resumed", "train 1", "train 2", "train 3", "checkpoint", "checkpoint", "finished"));
+}
+
+// Steps and events are stored in two files: a coordinator that is killed may have kept step 2 and not the event that
+// came before it.
+TEST_F(CoordinatorClientTest, ANewCoordinatorHearsEveryEventThatTheFirstDidNotConfirm) {
+  FakeCoordinator first;
+  first.set_acknowledge(false);
+  const auto client = CoordinatorClient::Start(Options(first));
+  Train(*client, 1);
+  ASSERT_TRUE(first.Wait([&] { return first.points_.size() == 1; }));
+  client->ReportEvent("checkpoint", "checkpoint after step 1", 1);
+  ASSERT_TRUE(first.Wait([&] { return first.events_.size() == 1; }));
+  Train(*client, 2);
+  ASSERT_TRUE(first.Wait([&] { return first.points_.size() == 2; }));
+  first.Stop();
+
+  FakeCoordinator second(/*stored_step=*/2);
+  Publish(second.address());
+  client->Finish(0, "", /*timeout_ms=*/20'000);
+  second.Stop();
+  EXPECT_THAT(second.order_, ElementsAre("checkpoint", "finished"));
 }
 
 TEST_F(CoordinatorClientTest, ALineThatWasCutOffIsSentOnceItIsWhole) {
