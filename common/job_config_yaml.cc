@@ -71,7 +71,11 @@ class Parser {
       violations.push_back(
           {"", 0, absl::StrCat("and ", reading_.violations_left_out, " more; they are told when these are corrected")});
     }
-    return {std::move(config_), std::move(reading_.notes), std::move(violations)};
+    std::map<std::string, int> lines;
+    for (const JobEntry& entry : reading_.entries) {
+      if (entry.line > 0) lines.emplace(entry.key, entry.line);
+    }
+    return {std::move(config_), std::move(reading_.notes), std::move(violations), std::move(lines)};
   }
 
  private:

@@ -176,6 +176,8 @@ Submission CheckSubmission(const v1::SubmitJobRequest& request, int slots_total,
   submission.violations.insert(submission.violations.end(), parsed.violations.begin(), parsed.violations.end());
   submission.config = std::move(parsed.config);
   submission.notes = std::move(parsed.notes);
+  submission.lines = std::move(parsed.lines);
+  if (!request.name().empty()) submission.lines.erase("name");  // it wins over the file's
   submission.request_digest = RequestDigest(request);
 
   JobConfig& config = submission.config;

@@ -1,6 +1,7 @@
 #ifndef SIMPO_COORDINATOR_SUBMISSION_H_
 #define SIMPO_COORDINATOR_SUBMISSION_H_
 
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,6 +19,7 @@ struct Submission {
   JobConfig config;
   std::string request_digest;              // equal for equal requests
   std::vector<std::string> notes;          // what the user should know
+  std::map<std::string, int> lines;        // as of ParsedJob
   std::vector<FieldViolation> violations;  // every reason to refuse it; empty: it may run
 };
 

@@ -208,6 +208,10 @@ grpc::ServerUnaryReactor* TrainingService::SubmitJob(grpc::CallbackServerContext
   const std::vector<FieldViolation> of_output = CheckGivenOutputDir(submission, call.caller());
   violations.insert(violations.end(), of_output.begin(), of_output.end());
   if (!violations.empty()) {
+    for (FieldViolation& violation : violations) {
+      const auto line = submission.lines.find(violation.field);
+      if (violation.line == 0 && line != submission.lines.end()) violation.line = line->second;
+    }
     return call.Finish(BadRequestError(violations, request->file_name().empty() ? "job.yaml" : request->file_name()));
   }
   call.LimitTime();

@@ -290,6 +290,19 @@ TEST_F(ServicesTest, ARefusedJobSaysEverythingInWordsAndInDetails) {
   EXPECT_TRUE(views_.All().empty());
 }
 
+TEST_F(ServicesTest, WhatOnlyTheCoordinatorSeesHasItsLineToo) {
+  v1::SubmitJobRequest request = SubmitRequest(JobYaml(
+      1, absl::StrCat("resume_from_checkpoint: /no/such/folder\noutput_dir: ", (dir_ / "used").string(), "\n")));
+  WriteText(dir_ / "used" / "metrics.jsonl", "{}\n");
+  v1::SubmitJobResponse response;
+  std::string message = Submit(request, &response).error_message();
+  EXPECT_THAT(message, HasSubstr("test.yaml:5: resume_from_checkpoint: '/no/such/folder' does not exist"));
+  EXPECT_THAT(message, HasSubstr("test.yaml:6: output_dir: "));
+  request.add_overrides("resume_from_checkpoint=/no/such/other");  // no line of the file's
+  EXPECT_THAT(Submit(request, &response).error_message(),
+              HasSubstr("test.yaml: resume_from_checkpoint: '/no/such/other' does not exist"));
+}
+
 TEST_F(ServicesTest, HundredsOfMistakesStillFitInAReply) {
   std::string yaml = JobYaml();
   for (int i = 0; i < 300; ++i) absl::StrAppend(&yaml, "unknown_key_number_", i, ": 1\n");
