@@ -93,6 +93,7 @@ class ServerImpl final : public Server {
   ServerImpl(const ServerOptions& options, FileLock lock)
       : options_(options),
         lock_(std::move(lock)),
+        tls_(options_.Tls()),
         audit_(fs::path(options_.data_dir) / "audit.jsonl"),
         guard_(GuardOptions(options_, &audit_)),
         roots_(fs::path(options_.data_dir) / "outputs", options_.allowed_roots, [this] { return guard_.asks(); }) {}
@@ -156,9 +157,9 @@ class ServerImpl final : public Server {
             .version = facts_.version};
   }
 
-  std::string Problem() const {
+  std::string Problem() {
     if (draining_) return "the coordinator is stopping";
-    return healthy_ ? "" : "the database cannot be written; see the coordinator's log";
+    return healthy_ ? tls_.Problem() : "the database cannot be written; see the coordinator's log";
   }
 
   // TLS itself has checked a client's certificate, where they are asked for.
@@ -181,7 +182,7 @@ class ServerImpl final : public Server {
                                                      .title = absl::StrCat("simpo-coordinator ", facts_.version),
                                                      .source = &*collectable_,
                                                      .problem = [this] { return Problem(); },
-                                                     .tls = open ? options_.Tls() : TlsConfig(),
+                                                     .tls = open ? &tls_ : nullptr,
                                                      .admit = open ? HttpAdmission() : nullptr}));
     facts_.http_address = address.Reachable(http_->port());
     return absl::OkStatus();
@@ -218,7 +219,7 @@ class ServerImpl final : public Server {
           std::pair(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kLeastPingMs)}) {
       builder.AddChannelArgument(argument, value);
     }
-    builder.AddListeningPort(address.ToString(), MakeServerCredentials(options_.Tls()), &port);
+    builder.AddListeningPort(address.ToString(), MakeServerCredentials(tls_), &port);
     builder.RegisterService(&*training_);
     builder.RegisterService(&*workers_);
     grpc_ = builder.BuildAndStart();
@@ -251,6 +252,7 @@ class ServerImpl final : public Server {
   ServerFacts facts_;
   std::atomic<bool> healthy_ = true;
   std::atomic<bool> draining_ = false;
+  ServedTls tls_;
   AuditLog audit_;
   Guard guard_;
   const AllowedRoots roots_;

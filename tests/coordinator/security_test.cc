@@ -24,6 +24,7 @@ namespace simpo {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -135,11 +136,55 @@ TEST_F(SecurityTest, ClientCertificates) {
 }
 
 TEST_F(SecurityTest, ARenewedCertificateNeedsNoRestart) {
-  const auto server = Start(TlsOptions());
+  ServerOptions options = TlsOptions();
+  options.tls_ca.clear();  // the ranks trust the certificate itself
+  const auto server = Start(options);
   EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok());
   Show(MakeIdentity("coordinator", &stranger_, kHere));
   EXPECT_TRUE(Eventually([&] { return List(Channel(server->grpc_address(), &stranger_)).ok(); }));
   EXPECT_FALSE(List(Channel(server->grpc_address(), &authority_)).ok());
+}
+
+// The answer of /healthz: its status and text.
+std::string HealthPage(const Server& server) {
+  const auto page = httplib::Client("http://" + server.http_address()).Get("/healthz");
+  return page ? absl::StrCat(page->status, " ", page->body) : "none";
+}
+
+TEST_F(SecurityTest, ARenewalThatDoesNotFitIsLoggedAndNotUsed) {
+  const auto server = Start(TlsOptions());
+  const Identity good = MakeIdentity("coordinator", &authority_, kHere);
+  const Identity foreign = MakeIdentity("coordinator", &stranger_, kHere);
+  const Identity expired = MakeIdentity("coordinator", &authority_, kHere, -7200, -3600);
+  const Identity wrong_key = {.cert = good.cert, .key = stranger_.key, .x509 = {}, .pkey = {}};
+  const Identity garbage = {.cert = "garbage", .key = good.key, .x509 = {}, .pkey = {}};
+  for (const auto& [shown, line] :
+       {std::pair(wrong_key, "is not that of"), std::pair(garbage, "holds no certificate"),
+        std::pair(foreign, "does not vouch for"), std::pair(expired, "has expired; renew it")}) {
+    Show(shown);
+    std::string log;
+    EXPECT_TRUE(Eventually([&] {
+      testing::internal::CaptureStderr();
+      EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok()) << line;
+      log += testing::internal::GetCapturedStderr();
+      return !log.empty();
+    })) << line;
+    EXPECT_THAT(log, AllOf(HasSubstr(line), HasSubstr((dir_ / "server.").string()), HasSubstr("earlier certificate")));
+  }
+  EXPECT_EQ(HealthPage(*server), "200 ok\n") << "the earlier one still holds";
+  testing::internal::CaptureStderr();
+  Show(good);
+  EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok());
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "");
+}
+
+TEST_F(SecurityTest, ACertificateThatRunsOutIsTold) {
+  Show(MakeIdentity("coordinator", &authority_, kHere, -3600, 2));
+  const auto server = Start(TlsOptions());
+  EXPECT_TRUE(Eventually([&] { return HealthPage(*server) != "200 ok\n"; }));
+  EXPECT_THAT(HealthPage(*server), AllOf(HasSubstr("503 "), HasSubstr("server.pem"), HasSubstr("has expired")));
+  Show(MakeIdentity("coordinator", &authority_, kHere));
+  EXPECT_EQ(HealthPage(*server), "200 ok\n");
 }
 
 TEST_F(SecurityTest, BadTlsFilesAreNamedBeforeAnythingStarts) {
@@ -155,6 +200,13 @@ TEST_F(SecurityTest, BadTlsFilesAreNamedBeforeAnythingStarts) {
   EXPECT_THAT(problem({cert, key, key}), HasSubstr("--tls-client-ca"));
   WriteText(dir_ / "other.key", stranger_.key);
   EXPECT_THAT(problem({cert, dir_ / "other.key", ""}), HasSubstr("is not that of"));
+  EXPECT_EQ(problem({cert, key, "", ca}), "");
+  EXPECT_EQ(problem({cert, key, "", cert}), "");
+  EXPECT_THAT(problem({cert, key, "", key}), HasSubstr("--tls-ca: "));
+  WriteText(dir_ / "other.pem", stranger_.cert);
+  EXPECT_THAT(problem({cert, key, "", dir_ / "other.pem"}), AllOf(HasSubstr("--tls-ca: "), HasSubstr("other.pem")));
+  WriteText(dir_ / "both.pem", stranger_.cert + authority_.cert);
+  EXPECT_EQ(problem({cert, key, "", dir_ / "both.pem"}), "") << "any of several";
   Show(MakeIdentity("coordinator", &authority_, kHere, -7200, -3600));
   EXPECT_THAT(problem({cert, key, ""}), HasSubstr("expired"));
   Show(MakeIdentity("coordinator", &authority_, kHere, 3600, 7200));
@@ -364,6 +416,7 @@ TEST_F(SecurityTest, TheMetricsPageOnAnOpenAddress) {
   const std::string token = NewTokenOf(Role::kRead, "rita");
   ServerOptions options = TlsOptions();
   options.http = "0.0.0.0:0";
+  options.tls_ca.clear();
   const auto server = Start(options);
   const int port = std::stoi(server->http_address().substr(server->http_address().rfind(':') + 1));
   httplib::SSLClient https("127.0.0.1", port);
