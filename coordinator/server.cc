@@ -3,6 +3,7 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -105,6 +106,7 @@ class ServerImpl final : public Server {
               .data_dir = options_.data_dir,
               .hostname = HostName(),
               .slots_total = options_.slots};
+    SIMPO_RETURN_IF_ERROR(CheckTokens());
     SIMPO_RETURN_IF_ERROR(OpenStores());
     dispatcher_.emplace(DispatcherOptions(options_, roots_), *database_, *jobs_, *metrics_, views_);
     views_.SetListener([this] { pump_->Wake(); });
@@ -139,6 +141,19 @@ class ServerImpl final : public Server {
   const std::string& http_address() const override { return facts_.http_address; }
 
  private:
+  // One that has gone keeps nobody out who starts the coordinator: gangs are looked after until it is back.
+  absl::Status CheckTokens() {
+    const absl::Status status = guard_.tokens_status();
+    if (status.ok() && guard_.asks() && options_.allowed_roots.empty()) {
+      LOG_WARNING(
+          "callers have to say who they are, so jobs may use paths below DATA_DIR/outputs only: set allowed_roots");
+    }
+    if (status.ok() || absl::IsUnavailable(status)) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat("cannot check users' tokens: ", std::string(status.message()),
+                                                      "; make it a file of this account (", geteuid(),
+                                                      ") with mode 600, or restore it from a backup"));
+  }
+
   absl::Status OpenStores() {
     const fs::path dir = options_.data_dir;
     SIMPO_ASSIGN_OR_RETURN(database_, Database::Open(dir / kJobsFile));
