@@ -21,7 +21,8 @@ std::vector<std::string> Split(std::string_view text, const char* separator) {
   return absl::StrSplit(absl::string_view(text.data(), text.size()), separator);
 }
 
-// Levenshtein distance.
+}  // namespace
+
 size_t EditDistance(std::string_view a, std::string_view b) {
   std::vector<size_t> row(b.size() + 1);
   for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
@@ -36,8 +37,6 @@ size_t EditDistance(std::string_view a, std::string_view b) {
   }
   return row.back();
 }
-
-}  // namespace
 
 std::optional<double> ToNumber(const std::string& text) {
   double value = 0;

@@ -25,6 +25,9 @@ std::optional<std::string> CheckRange(std::string_view range, double value);
 // The same for a word and a range of choices.
 std::optional<std::string> CheckChoice(std::string_view range, const std::string& value);
 
+// Letters to insert, remove or replace until one is the other (Levenshtein).
+size_t EditDistance(std::string_view a, std::string_view b);
+
 // The known key that is spelled most like this one; empty when none is near.
 std::string NearestKey(std::string_view key);
 

@@ -127,11 +127,20 @@ std::string NetworkFileSystem(int64_t magic, const std::string& mount_type) {
 
 absl::Status MakeDataDir(const fs::path& dir) {
   std::error_code error;
-  fs::create_directories(dir, error);
+  const bool is_new = fs::create_directories(dir, error);
+  if (is_new) fs::permissions(dir, fs::perms::owner_all, error);
   if (!error && access(dir.c_str(), W_OK | X_OK) == 0) return CheckFileSystem(dir);
   return absl::PermissionDeniedError(absl::StrCat("cannot use the data directory ", dir.string(), ": ",
                                                   error ? error.message() : "no permission to write there",
                                                   "; choose another one with --data-dir"));
+}
+
+absl::Status BecomeOwner(const fs::path& dir) {
+  struct stat info = {};
+  if (geteuid() != 0 || stat(dir.c_str(), &info) != 0 || info.st_uid == 0) return absl::OkStatus();
+  if (setegid(info.st_gid) == 0 && seteuid(info.st_uid) == 0) return absl::OkStatus();
+  return absl::PermissionDeniedError(absl::StrCat("cannot become the owner of ", dir.string(), ": ",
+                                                  std::strerror(errno), "; run this as ", "the coordinator's account"));
 }
 
 absl::StatusOr<FileLock> LockDataDir(const fs::path& dir) {

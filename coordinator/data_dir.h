@@ -11,9 +11,13 @@
 
 namespace simpo {
 
-// Makes the folder when it is missing. One that cannot be written to, or that lies on a network file system, is
-// refused with the remedy.
+// Makes the folder when it is missing, for its account alone. One that cannot be written to, or that lies on a network
+// file system, is refused with the remedy.
 absl::Status MakeDataDir(const std::filesystem::path& dir);
+
+// Has root go on as the account that owns the folder, so that the coordinator can read what is written there. Others
+// stay who they are.
+absl::Status BecomeOwner(const std::filesystem::path& dir);
 
 // Held while a coordinator runs: the folder has one.
 absl::StatusOr<FileLock> LockDataDir(const std::filesystem::path& dir);

@@ -77,6 +77,8 @@ class Guard {
   // Notes how a call ended that was to change something; refusals that Admit made are noted already.
   void Note(std::string_view method, const Caller& caller, const std::string& job, const absl::Status& outcome);
 
+  // Whether the tokens can be checked, see TokenStore.
+  absl::Status tokens_status() { return tokens_.status(); }
   // Whether callers have to say who they are.
   bool asks() { return options_.client_certificates || tokens_.Required(); }
 

@@ -42,9 +42,9 @@ std::string Page(const std::string& title) {
   return page;
 }
 
-std::unique_ptr<httplib::Server> MakeServer(const TlsConfig& tls) {
-  if (!tls.on()) return std::make_unique<httplib::Server>();
-  return std::make_unique<httplib::SSLServer>([&tls](SSL_CTX& context) { return UseTls(tls, &context); });
+std::unique_ptr<httplib::Server> MakeServer(ServedTls* tls) {
+  if (tls == nullptr || !tls->files().on()) return std::make_unique<httplib::Server>();
+  return std::make_unique<httplib::SSLServer>([tls](SSL_CTX& context) { return UseTls(*tls, &context); });
 }
 
 // A connection holds a thread for as long as its client takes to ask and to read. So that clients that are slow at it

@@ -22,7 +22,7 @@ class HttpServer {
     std::string title;                      // of the page /
     const prometheus::Collectable* source;  // of /metrics; outlives the server
     std::function<std::string()> problem;   // for /healthz; empty: all is well
-    TlsConfig tls;                          // off: plain HTTP
+    ServedTls* tls = nullptr;               // outlives the server; null or off: plain HTTP
     // Whether a caller with this Authorization header, from this address, may see /metrics. Empty: anybody.
     std::function<absl::Status(const std::string& authorization, const std::string& peer)> admit;
     // Called at most once, from another thread, when no connection can be taken any more. It returns soon.

@@ -134,8 +134,8 @@ std::optional<HungRank> FindHungRank(SteadyTime now, std::optional<SteadyTime> g
     last_finished = std::max(last_finished, health.last_heard);
     if (health.finished) continue;
     if (!health.attached && now - *gang_started > limits.attach) {
-      return HungRank{
-          absl::StrCat("rank ", rank, " did not report within ", Seconds(limits.attach), " s of the gang's start")};
+      return HungRank{absl::StrCat("rank ", rank, " did not report within ", Seconds(limits.attach),
+                                   " s of the gang's start; see `simpoctl logs JOB --rank -1`")};
     }
     if (health.attached && now - health.last_heard > limits.heartbeat) {
       const std::string last = DescribeRank(health);

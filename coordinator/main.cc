@@ -1,7 +1,7 @@
 // simpo-coordinator: takes training jobs and sees them through.
 //
 //   simpo-coordinator --data-dir DIR [--config coordinator.yaml] [flags]
-//   simpo-coordinator token create|list|revoke --data-dir DIR
+//   simpo-coordinator token create|list|revoke --data-dir DIR     or --config, as for backup
 //   simpo-coordinator backup --data-dir DIR --to FOLDER    copies the databases, also while a coordinator runs
 //   simpo-coordinator supervise --attempt-dir DIR          what it starts for each attempt of a job
 #include <grpc/support/log.h>
@@ -25,6 +25,7 @@
 #include "absl/synchronization/mutex.h"
 #include "common/log.h"
 #include "coordinator/data_dir.h"
+#include "coordinator/listen_address.h"
 #include "coordinator/server.h"
 #include "coordinator/server_options.h"
 #include "coordinator/supervisor.h"
@@ -87,6 +88,20 @@ void RaiseFileLimit() {
                            " of them raise its hard limit (ulimit -Hn; LimitNOFILE= of the systemd unit)"));
 }
 
+// Who may call at the port for gRPC; nothing, when it is one of this machine only.
+std::string Openness(const ServerOptions& options, const std::string& reachable) {
+  const absl::StatusOr<ListenAddress> given = ParseListenAddress("--listen", options.listen);
+  const absl::StatusOr<ListenAddress> real = ParseListenAddress("--listen", reachable);
+  if (!given.ok() || !real.ok() || given->IsLoopback()) return "";
+  std::error_code error;
+  std::string how = options.Tls().on() ? "with TLS" : "without TLS";
+  if (!options.tls_client_ca.empty()) how += ", asks for certificates";
+  if (std::filesystem::exists(options.TokenFile(), error)) how += ", asks for tokens";
+  if (options.insecure) how += ", insecure";
+  return absl::StrCat("; open to other machines at ", ListenAddress{.host = given->host, .port = real->port}.ToString(),
+                      " (", how, ")");
+}
+
 int Serve(const ServerOptions& options) {
   RaiseFileLimit();
   // Before any thread exists, so that all inherit it and only sigwait below takes them.
@@ -95,9 +110,9 @@ int Serve(const ServerOptions& options) {
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(
       options, SIMPO_VERSION, [](const absl::Status& status) { StopFailed(std::string(status.message())); });
   if (!server.ok()) return Fail(server.status());
-  std::printf("simpo-coordinator %s ready: grpc %s, http %s, data %s, %d slots\n", SIMPO_VERSION,
+  std::printf("simpo-coordinator %s ready: grpc %s, http %s, data %s, %d slots%s\n", SIMPO_VERSION,
               (*server)->grpc_address().c_str(), (*server)->http_address().c_str(), options.data_dir.c_str(),
-              options.slots);
+              options.slots, Openness(options, (*server)->grpc_address()).c_str());
   std::fflush(stdout);
   int signal = 0;
   sigwait(&signals, &signal);
@@ -111,7 +126,7 @@ int Main(int argc, char** argv) {
   ServerOptions options;
   std::string config;
   std::string attempt_dir;
-  std::string backup_from, backup_to;
+  std::string backup_to;
   AddServerFlags(app, &options);
   app.add_option("--config", config, "YAML file with the same settings, as data_dir: DIR; flags win");
   app.set_version_flag("--version", "simpo-coordinator " SIMPO_VERSION);
@@ -120,7 +135,7 @@ int Main(int argc, char** argv) {
   std::function<absl::Status(const std::filesystem::path&)> run_token_command;
   AddTokenCommands(app, &run_token_command);
   CLI::App* backup = app.add_subcommand("backup", "Copy the databases, also while a coordinator runs");
-  backup->add_option("--data-dir", backup_from, "The coordinator's data folder")->required();
+  backup->fallthrough();  // --data-dir, --config
   backup->add_option("--to", backup_to, "A folder for the copies: a new or an empty one")->required();
   try {
     app.parse(argc, argv);
@@ -128,20 +143,30 @@ int Main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : kBadUsage;
   }
   if (supervise->parsed()) return RunSupervisor(attempt_dir);
-  if (backup->parsed()) {
-    if (absl::Status status = BackUpDataDir(backup_from, backup_to); !status.ok()) return Fail(status);
-    std::printf("%s: backed up to %s\n", backup_from.c_str(), backup_to.c_str());
-    return 0;
-  }
   // A check of the library's own locks that costs some percent of every call.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   gpr_set_log_function(TakeGrpcLog);
   if (!config.empty()) {
     if (absl::Status status = ReadServerConfig(app, config, &options); !status.ok()) return Fail(status);
   }
+  if (backup->parsed()) {
+    if (options.data_dir.empty()) return Fail(NoDataDir());
+    if (absl::Status status = BackUpDataDir(options.data_dir, backup_to); !status.ok()) return Fail(status);
+    std::printf("%s: backed up to %s\n", options.data_dir.c_str(), backup_to.c_str());
+    return 0;
+  }
   if (run_token_command) {
     if (options.data_dir.empty()) return Fail(NoDataDir());
+    std::error_code error;
+    if (!std::filesystem::exists(options.data_dir, error)) {
+      if (!app.get_subcommand("token")->got_subcommand("create")) {
+        return Fail(absl::NotFoundError(
+            absl::StrCat("there is no data folder ", options.data_dir, "; name the coordinator's with --data-dir")));
+      }
+      std::fprintf(stderr, "Making a new data folder: %s\n", options.data_dir.c_str());
+    }
     if (absl::Status status = MakeDataDir(options.data_dir); !status.ok()) return Fail(status);
+    if (absl::Status status = BecomeOwner(options.data_dir); !status.ok()) return Fail(status);
     const absl::Status status = run_token_command(options.TokenFile());
     return status.ok() ? 0 : Fail(status);
   }

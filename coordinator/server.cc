@@ -3,6 +3,7 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -94,6 +95,7 @@ class ServerImpl final : public Server {
   ServerImpl(const ServerOptions& options, FileLock lock)
       : options_(options),
         lock_(std::move(lock)),
+        tls_(options_.Tls()),
         audit_(fs::path(options_.data_dir) / "audit.jsonl"),
         refusals_(fs::path(options_.data_dir) / "audit-refused.jsonl"),
         guard_(GuardOptions(options_, &audit_, &refusals_)),
@@ -106,6 +108,7 @@ class ServerImpl final : public Server {
               .data_dir = options_.data_dir,
               .hostname = HostName(),
               .slots_total = options_.slots};
+    SIMPO_RETURN_IF_ERROR(CheckTokens());
     SIMPO_RETURN_IF_ERROR(OpenStores());
     dispatcher_.emplace(DispatcherOptions(options_, roots_), *database_, *jobs_, *metrics_, views_);
     views_.SetListener([this] { pump_->Wake(); });
@@ -149,6 +152,19 @@ class ServerImpl final : public Server {
   const std::string& http_address() const override { return facts_.http_address; }
 
  private:
+  // One that has gone keeps nobody out who starts the coordinator: gangs are looked after until it is back.
+  absl::Status CheckTokens() {
+    const absl::Status status = guard_.tokens_status();
+    if (status.ok() && guard_.asks() && options_.allowed_roots.empty()) {
+      LOG_WARNING(
+          "callers have to say who they are, so jobs may use paths below DATA_DIR/outputs only: set allowed_roots");
+    }
+    if (status.ok() || absl::IsUnavailable(status)) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat("cannot check users' tokens: ", std::string(status.message()),
+                                                      "; make it a file of this account (", geteuid(),
+                                                      ") with mode 600, or restore it from a backup"));
+  }
+
   absl::Status OpenStores() {
     const fs::path dir = options_.data_dir;
     const bool is_new = !fs::exists(dir / kJobsFile);
@@ -173,9 +189,9 @@ class ServerImpl final : public Server {
             .version = facts_.version};
   }
 
-  std::string Problem() const {
+  std::string Problem() {
     if (draining_) return "the coordinator is stopping";
-    return healthy_ ? "" : "the database cannot be written; see the coordinator's log";
+    return healthy_ ? tls_.Problem() : "the database cannot be written; see the coordinator's log";
   }
 
   // TLS itself has checked a client's certificate, where they are asked for.
@@ -198,7 +214,7 @@ class ServerImpl final : public Server {
                                                      .title = absl::StrCat("simpo-coordinator ", facts_.version),
                                                      .source = &*collectable_,
                                                      .problem = [this] { return Problem(); },
-                                                     .tls = open ? options_.Tls() : TlsConfig(),
+                                                     .tls = open ? &tls_ : nullptr,
                                                      .admit = open ? HttpAdmission() : nullptr,
                                                      .on_failure = std::move(on_failure)}));
     facts_.http_address = address.Reachable(http_->port());
@@ -236,7 +252,7 @@ class ServerImpl final : public Server {
           std::pair(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kLeastPingMs)}) {
       builder.AddChannelArgument(argument, value);
     }
-    builder.AddListeningPort(address.ToString(), MakeServerCredentials(options_.Tls()), &port);
+    builder.AddListeningPort(address.ToString(), MakeServerCredentials(tls_), &port);
     builder.RegisterService(&*training_);
     builder.RegisterService(&*workers_);
     grpc_ = builder.BuildAndStart();
@@ -269,6 +285,7 @@ class ServerImpl final : public Server {
   ServerFacts facts_;
   std::atomic<bool> healthy_ = true;
   std::atomic<bool> draining_ = false;
+  ServedTls tls_;
   AuditLog audit_;
   AuditLog refusals_;
   Guard guard_;

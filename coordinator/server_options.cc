@@ -17,6 +17,7 @@
 #include "absl/strings/str_split.h"
 #include "common/atomic_file.h"
 #include "common/host_name.h"
+#include "common/job_values.h"
 #include "common/status_macros.h"
 #include "common/text.h"
 #include "coordinator/allowed_roots.h"
@@ -75,6 +76,27 @@ const Key kKeys[] = {
     {"metrics_full_days", &ServerOptions::metrics_full_days,
      "Days that an ended job keeps every metric point; then about 1,000 per split stay; 0: for ever"},
 };
+
+// What must be above 0, where 0 would end healthy gangs at once; elsewhere 0 has a meaning.
+constexpr double ServerOptions::*kAboveZero[] = {
+    &ServerOptions::attach_timeout_s, &ServerOptions::prepare_timeout_s, &ServerOptions::load_timeout_s,
+    &ServerOptions::step_timeout_s,   &ServerOptions::eval_timeout_s,    &ServerOptions::checkpoint_timeout_s,
+};
+// Ranks say something every two seconds, or four times within this limit.
+constexpr double kLeastHeartbeatS = 1;
+constexpr double kMostNumber = 1e9;
+
+// What is wrong with a number of the options, said of `name`, or nothing.
+std::string ProblemOfRange(const Key& key, const ServerOptions& options, const std::string& name) {
+  const auto* field = std::get_if<double ServerOptions::*>(&key.field);
+  if (field == nullptr) return "";
+  const double value = options.*(*field);
+  const bool above_zero = std::find(std::begin(kAboveZero), std::end(kAboveZero), *field) != std::end(kAboveZero);
+  const double least = *field == &ServerOptions::heartbeat_timeout_s ? kLeastHeartbeatS : 0;
+  if (value >= least && value <= kMostNumber && (!above_zero || value > 0)) return "";
+  return absl::StrCat(name, " must be ", above_zero ? "above 0 and at most 1e9" : absl::StrCat(least, " to 1e9"),
+                      ", not ", value, "; ", key.help);
+}
 
 std::string FlagOf(const Key& key) { return absl::StrCat("--", absl::StrReplaceAll(key.name, {{"_", "-"}})); }
 
@@ -141,6 +163,12 @@ absl::Status CheckAddress(const std::string& flag, const std::string& text, cons
                    ". Or use 127.0.0.1, or add --insecure when the network is yours alone"));
 }
 
+// How a value is shown in an error.
+std::string Shown(const YAML::Node& value) {
+  if (value.IsNull()) return "nothing";
+  return value.IsScalar() ? absl::StrCat("'", OneLine(value.Scalar(), 80), "'") : "a list or map";
+}
+
 // `nodes: [{name: a, slots: 8, labels: {gpu: h100}}]`. Returns what is wrong with it, or nothing.
 std::string TakeNodes(const YAML::Node& value, ServerOptions* options) {
   const char* form = "must be a list, as [{name: a, slots: 8, labels: {rack: r1}}]";
@@ -179,9 +207,12 @@ std::string TakeQuotas(const YAML::Node& value, ServerOptions* options) {
     const std::string kind = entry.first.as<std::string>();
     if (kind != "users" && kind != "labels") return absl::StrCat("quotas: unknown key '", kind, "'; it ", form);
     auto& quotas = kind == "users" ? options->user_quotas : options->label_quotas;
-    quotas = entry.second.as<std::map<std::string, int>>();
-    for (const auto& [name, slots] : quotas) {
-      if (slots < 0) return absl::StrCat("quotas: '", name, "' must be 0 slots or more");
+    if (!entry.second.IsMap()) return absl::StrCat("quotas: ", form);
+    for (const auto& quota : entry.second) {
+      const std::string name = quota.first.as<std::string>();
+      const int slots = quota.second.as<int>(-1);
+      if (slots < 0) return absl::StrCat("quotas: '", name, "' must be 0 slots or more, not ", Shown(quota.second));
+      if (!quotas.emplace(name, slots).second) return absl::StrCat("quotas: '", name, "' is there twice");
       if (kind == "labels" && name.find('=') == std::string::npos) {
         return absl::StrCat("quotas: '", name, "' must be a label and its value, as team=red");
       }
@@ -206,17 +237,48 @@ std::string TakeExitCodes(const YAML::Node& value, ServerOptions* options) {
   return "";
 }
 
+std::vector<std::string> KnownKeys() {
+  std::vector<std::string> names = {"nodes", "quotas", "exit_codes"};
+  for (const Key& key : kKeys) names.push_back(key.name);
+  return names;
+}
+
+std::string UnknownKey(const std::string& name) {
+  const std::vector<std::string> known = KnownKeys();
+  const std::string meant = absl::StrReplaceAll(name.substr(0, 100), {{"-", "_"}});
+  std::string nearest;
+  size_t least = std::max<size_t>(2, meant.size() / 3) + 1;
+  for (const std::string& key : known) {
+    const size_t distance = EditDistance(meant, key);
+    if (distance >= least) continue;
+    least = distance;
+    nearest = key;
+  }
+  return nearest.empty() ? absl::StrCat("unknown key '", name, "'; known are ", absl::StrJoin(known, ", "))
+                         : absl::StrCat("unknown key '", name, "'; did you mean ", nearest, "?");
+}
+
+// What a field takes.
+const char* TypeName(const std::string&) { return "text"; }
+const char* TypeName(int) { return "a whole number"; }
+const char* TypeName(double) { return "a number"; }
+const char* TypeName(bool) { return "true or false"; }
+const char* TypeName(const std::vector<std::string>&) { return "a list"; }
+
 // What is wrong with one key of the config file, or nothing.
 std::string TakeKey(const CLI::App& app, const std::string& name, const YAML::Node& value, ServerOptions* options) {
   for (const Key& key : kKeys) {
     if (name != key.name) continue;
+    const char* type = std::visit([&](auto field) { return TypeName(options->*field); }, key.field);
+    const std::string wrong = absl::StrCat(name, ": must be ", type, ", not ", Shown(value), "; ", key.help);
+    if (value.IsNull()) return wrong;
     if (app.count(FlagOf(key)) > 0) return "";  // the flag wins
     try {
       std::visit([&](auto field) { options->*field = value.as<std::decay_t<decltype(options->*field)>>(); }, key.field);
     } catch (const YAML::Exception&) {
-      return absl::StrCat(name, ": the value has the wrong type; ", key.help);
+      return wrong;
     }
-    return "";
+    return ProblemOfRange(key, *options, name);
   }
   try {
     if (name == "nodes") return TakeNodes(value, options);
@@ -225,9 +287,8 @@ std::string TakeKey(const CLI::App& app, const std::string& name, const YAML::No
   } catch (const YAML::Exception&) {
     return absl::StrCat(name, ": a value has the wrong type");
   }
-  std::vector<std::string> names = {"nodes", "quotas", "exit_codes"};
-  for (const Key& key : kKeys) names.push_back(key.name);
-  return absl::StrCat("unknown key '", name, "'; known are ", absl::StrJoin(names, ", "));
+  if (name == "tls") return "tls: must be as {cert: FILE, key: FILE, client_ca: FILE, ca: FILE}";
+  return UnknownKey(name);
 }
 
 }  // namespace
@@ -250,8 +311,12 @@ absl::Status ReadServerConfig(const CLI::App& app, const fs::path& file, ServerO
     const YAML::Node root = YAML::Load(text);
     if (!root.IsMap() && !root.IsNull())
       return absl::InvalidArgumentError(file.string() + ": must be `key: value` lines");
+    std::map<std::string, int> lines;
     const auto take = [&](const std::string& name, const YAML::Node& key, const YAML::Node& value) {
-      const std::string problem = TakeKey(app, name, value, options);
+      const auto [earlier, is_new] = lines.emplace(name, key.Mark().line + 1);
+      const std::string problem =
+          is_new ? TakeKey(app, name, value, options)
+                 : absl::StrCat(name, " is in line ", earlier->second, " already; keep one of both");
       if (!problem.empty()) problems.push_back(absl::StrCat(file.string(), ":", key.Mark().line + 1, ": ", problem));
     };
     for (const auto& entry : root) {
@@ -312,10 +377,8 @@ absl::Status CompleteServerOptions(ServerOptions* options) {
   if (options->max_machine_faults < 0) return absl::InvalidArgumentError("--max-machine-faults must be 0 or more");
   SIMPO_RETURN_IF_ERROR(CompleteNodes(options));
   for (const Key& key : kKeys) {
-    const auto* field = std::get_if<double ServerOptions::*>(&key.field);
-    if (field != nullptr && !(options->*(*field) >= 0 && options->*(*field) <= 1e9)) {
-      return absl::InvalidArgumentError(absl::StrCat(FlagOf(key), " must be 0 to 1e9"));
-    }
+    const std::string problem = ProblemOfRange(key, *options, FlagOf(key));
+    if (!problem.empty()) return absl::InvalidArgumentError(problem);
   }
   if (options->program.empty()) {
     SIMPO_ASSIGN_OR_RETURN(const fs::path program, ThisProgram());

@@ -56,7 +56,7 @@ struct ServerOptions {
   std::vector<Node> nodes;
   std::map<std::string, int> user_quotas, label_quotas;  // as in Scheduler::Options
   std::map<int, ExitMeaning> exit_codes;                 // as in RestartPolicy
-  TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca}; }
+  TlsConfig Tls() const { return {.cert = tls_cert, .key = tls_key, .client_ca = tls_client_ca, .ca = tls_ca}; }
   // Where `simpo-coordinator token` keeps the tokens.
   std::filesystem::path TokenFile() const { return std::filesystem::path(data_dir) / kTokensFile; }
 

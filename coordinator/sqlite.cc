@@ -1,6 +1,9 @@
 #include "coordinator/sqlite.h"
 
+#include <fcntl.h>
 #include <sqlite3.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -28,6 +31,18 @@ absl::Status SqliteError(sqlite3* db, int code, const std::string& what) {
       return absl::PermissionDeniedError(message);
     default:
       return absl::InternalError(message);
+  }
+}
+
+// What is in it is its account's alone, also in a folder that others may enter. SQLite gives its -wal and -shm the same
+// mode.
+void MakePrivate(const std::filesystem::path& path) {
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (fd >= 0) close(fd);
+  for (const char* end : {"", "-wal", "-shm"}) {  // of an earlier version
+    const std::string file = path.string() + end;
+    struct stat info = {};
+    if (stat(file.c_str(), &info) == 0 && (info.st_mode & 077) != 0) chmod(file.c_str(), info.st_mode & 0700);
   }
 }
 
@@ -93,6 +108,7 @@ std::string SqliteStatement::Text(int column) const {
 absl::StatusOr<Sqlite> Sqlite::Open(const std::filesystem::path& path, bool read_only) {
   const int flags =
       (read_only ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE) | SQLITE_OPEN_NOMUTEX;
+  if (!read_only) MakePrivate(path);
   sqlite3* raw = nullptr;
   const int code = sqlite3_open_v2(path.c_str(), &raw, flags, nullptr);
   Sqlite db;

@@ -1,25 +1,34 @@
 #include "coordinator/tls.h"
 
-#include <grpcpp/security/tls_certificate_provider.h>
-#include <grpcpp/security/tls_credentials_options.h>
+#include <grpc/grpc.h>
+#include <grpc/grpc_security.h>
 #include <openssl/err.h>
-#include <openssl/pem.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
+#include <sys/stat.h>
+
+#include <algorithm>
 
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
+#include "common/log.h"
+#include "common/pem.h"
 #include "common/status_macros.h"
 
 namespace simpo {
 namespace {
 
 constexpr int64_t kMaxPemBytes = 1 << 20;
-constexpr unsigned kLookSeconds = 2;
+constexpr time_t kRenewalSeconds = 2;  // for which a renewal may be half done: the new key there, the certificate not
 
-using Bio = std::unique_ptr<BIO, decltype(&BIO_free)>;
-using Certificate = std::unique_ptr<X509, decltype(&X509_free)>;
-using Key = std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)>;
+using Store = std::unique_ptr<X509_STORE, decltype(&X509_STORE_free)>;
+
+Store StoreOf(const std::string& authorities) {
+  Store store(X509_STORE_new(), &X509_STORE_free);
+  const Bio bio = BioOf(authorities);
+  while (const Certificate certificate = NextCertificate(bio)) X509_STORE_add_cert(store.get(), certificate.get());
+  return store;
+}
 
 absl::StatusOr<std::string> ReadPem(const char* flag, const std::string& file) {
   const absl::StatusOr<std::string> text = ReadFile(file, kMaxPemBytes);
@@ -30,9 +39,7 @@ absl::StatusOr<std::string> ReadPem(const char* flag, const std::string& file) {
 // The first certificate of the file.
 absl::StatusOr<Certificate> ReadCertificate(const char* flag, const std::string& file) {
   SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadPem(flag, file));
-  const Bio bio(BIO_new_mem_buf(text.data(), static_cast<int>(text.size())), &BIO_free);
-  Certificate certificate(PEM_read_bio_X509(bio.get(), nullptr, nullptr, nullptr), &X509_free);
-  ERR_clear_error();
+  Certificate certificate = NextCertificate(BioOf(text));
   if (certificate) return certificate;
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", file, " holds no certificate in PEM form"));
 }
@@ -48,15 +55,90 @@ absl::Status CheckTime(const char* flag, const std::string& file, const X509* ce
   return absl::OkStatus();
 }
 
+// As the ranks will check it.
+absl::Status CheckAuthority(const TlsConfig& tls, const std::string& cert_text) {
+  SIMPO_ASSIGN_OR_RETURN(const std::string authorities, ReadPem("--tls-ca", tls.ca));
+  SIMPO_RETURN_IF_ERROR(ReadCertificate("--tls-ca", tls.ca).status());
+  const Store store = StoreOf(authorities);
+  X509_STORE_set_flags(store.get(), X509_V_FLAG_PARTIAL_CHAIN);  // gRPC takes one in the middle of the chain too
+  const Bio bio = BioOf(cert_text);
+  const Certificate leaf = NextCertificate(bio);
+  const std::unique_ptr<STACK_OF(X509), void (*)(STACK_OF(X509)*)> chain(
+      sk_X509_new_null(), [](STACK_OF(X509) * stack) { sk_X509_pop_free(stack, X509_free); });
+  while (Certificate next = NextCertificate(bio)) sk_X509_push(chain.get(), next.release());
+  const std::unique_ptr<X509_STORE_CTX, decltype(&X509_STORE_CTX_free)> context(X509_STORE_CTX_new(),
+                                                                                &X509_STORE_CTX_free);
+  X509_STORE_CTX_init(context.get(), store.get(), leaf.get(), chain.get());
+  X509_STORE_CTX_set_purpose(context.get(), X509_PURPOSE_SSL_SERVER);
+  const bool good = X509_verify_cert(context.get()) == 1;
+  ERR_clear_error();
+  if (good) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--tls-ca: ", tls.ca, " does not vouch for the certificate ", tls.cert, " (",
+                   X509_verify_cert_error_string(X509_STORE_CTX_get_error(context.get())),
+                   "), so no rank could check it; name the authority that has signed it"));
+}
+
 // For one connection, before the certificate is shown.
-int LoadForHandshake(SSL* ssl, void* argument) {
-  const auto* tls = static_cast<const TlsConfig*>(argument);
-  if (SSL_use_certificate_chain_file(ssl, tls->cert.c_str()) != 1) return 0;
-  if (SSL_use_PrivateKey_file(ssl, tls->key.c_str(), SSL_FILETYPE_PEM) != 1) return 0;
-  if (tls->client_ca.empty()) return 1;
-  const std::unique_ptr<X509_STORE, decltype(&X509_STORE_free)> store(X509_STORE_new(), &X509_STORE_free);
-  if (X509_STORE_load_file(store.get(), tls->client_ca.c_str()) != 1) return 0;
-  return SSL_set1_verify_cert_store(ssl, store.get()) == 1 ? 1 : 0;
+int ShowInHandshake(SSL* ssl, void* argument) {
+  const std::shared_ptr<const ServedTls::Pem> pem = static_cast<ServedTls*>(argument)->Current();
+  if (pem == nullptr) return 0;
+  const Bio bio = BioOf(pem->cert);
+  if (SSL_use_certificate(ssl, NextCertificate(bio).get()) != 1) return 0;
+  while (const Certificate next = NextCertificate(bio)) {
+    if (SSL_add1_chain_cert(ssl, next.get()) != 1) return 0;
+  }
+  if (SSL_use_PrivateKey(ssl, PrivateKeyOf(pem->key).get()) != 1) return 0;
+  if (pem->client_ca.empty()) return 1;
+  return SSL_set1_verify_cert_store(ssl, StoreOf(pem->client_ca).get()) == 1 ? 1 : 0;
+}
+
+// The C++ wrappers of gRPC have none by which a server fetches its certificate. For one port: each would have to be
+// told of a change.
+class FetchingCredentials final : public grpc::ServerCredentials {
+ public:
+  explicit FetchingCredentials(ServedTls& served) : served_(served) {
+    const auto request = served.files().client_ca.empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
+                                                          : GRPC_SSL_REQUEST_CLIENT_CERTIFICATE_AND_VERIFY;
+    credentials_ = grpc_ssl_server_credentials_create_with_options(
+        grpc_ssl_server_credentials_create_options_using_config_fetcher(request, &Fetch, this));
+  }
+  ~FetchingCredentials() override { grpc_server_credentials_release(credentials_); }
+  void SetAuthMetadataProcessor(const std::shared_ptr<grpc::AuthMetadataProcessor>&) override {}
+
+ private:
+  // Before each handshake, one after the other. gRPC keeps the earlier ones after FAIL and asks again the next time.
+  static grpc_ssl_certificate_config_reload_status Fetch(void* argument, grpc_ssl_server_certificate_config** config) {
+    auto* const self = static_cast<FetchingCredentials*>(argument);
+    const std::shared_ptr<const ServedTls::Pem> pem = self->served_.Current();
+    if (pem == nullptr) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_FAIL;
+    if (pem == self->fetched_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
+    self->fetched_ = pem;
+    const grpc_ssl_pem_key_cert_pair pair = {pem->key.c_str(), pem->cert.c_str()};
+    // It insists on authorities, which count only where clients are asked for certificates.
+    const std::string& authorities = pem->client_ca.empty() ? pem->cert : pem->client_ca;
+    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
+    return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
+  }
+  int AddPortToServer(const std::string& address, grpc_server* server) override {
+    return grpc_server_add_http2_port(server, address.c_str(), credentials_);
+  }
+
+  ServedTls& served_;
+  std::shared_ptr<const ServedTls::Pem> fetched_;  // what gRPC has; of its lock
+  grpc_server_credentials* credentials_;
+};
+
+// Tells any change of the files; `newest_s` is when the last one was changed.
+std::string StateOf(const TlsConfig& tls, time_t* newest_s) {
+  std::string state;
+  for (const std::string& file : {tls.cert, tls.key, tls.client_ca, tls.ca}) {
+    struct stat info = {};
+    if (!file.empty() && stat(file.c_str(), &info) == 0) *newest_s = std::max(*newest_s, info.st_ctim.tv_sec);
+    absl::StrAppend(&state, info.st_dev, " ", info.st_ino, " ", info.st_size, " ", info.st_ctim.tv_sec, ".",
+                    info.st_ctim.tv_nsec, "\n");
+  }
+  return state;
 }
 
 }  // namespace
@@ -67,37 +149,64 @@ absl::Status CheckTls(const TlsConfig& tls) {
     return absl::InvalidArgumentError(
         "TLS needs both --tls-cert and --tls-key; --tls-client-ca alone cannot be (it comes on top of them)");
   }
+  SIMPO_ASSIGN_OR_RETURN(const std::string cert_text, ReadPem("--tls-cert", tls.cert));
   SIMPO_ASSIGN_OR_RETURN(const Certificate certificate, ReadCertificate("--tls-cert", tls.cert));
   SIMPO_RETURN_IF_ERROR(CheckTime("--tls-cert", tls.cert, certificate.get()));
   SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadPem("--tls-key", tls.key));
-  const Bio bio(BIO_new_mem_buf(text.data(), static_cast<int>(text.size())), &BIO_free);
-  // A key with a pass phrase would make the coordinator ask for it on a terminal: it is refused.
-  const auto no_phrase = [](char*, int, int, void*) { return -1; };
-  const Key key(PEM_read_bio_PrivateKey(bio.get(), nullptr, no_phrase, nullptr), &EVP_PKEY_free);
-  const bool fits = key && X509_check_private_key(certificate.get(), key.get()) == 1;
-  ERR_clear_error();
+  const PrivateKey key = PrivateKeyOf(text);
   if (!key) {
     return absl::InvalidArgumentError(
         absl::StrCat("--tls-key: ", tls.key, " holds no private key in PEM form without a pass phrase"));
   }
-  if (!fits) {
+  if (!IsPair(certificate, key)) {
     return absl::InvalidArgumentError(absl::StrCat("--tls-key: the key ", tls.key, " is not that of ", tls.cert));
   }
-  if (tls.client_ca.empty()) return absl::OkStatus();
-  return ReadCertificate("--tls-client-ca", tls.client_ca).status();
+  if (!tls.client_ca.empty()) SIMPO_RETURN_IF_ERROR(ReadCertificate("--tls-client-ca", tls.client_ca).status());
+  return tls.ca.empty() ? absl::OkStatus() : CheckAuthority(tls, cert_text);
 }
 
-std::shared_ptr<grpc::ServerCredentials> MakeServerCredentials(const TlsConfig& tls) {
-  if (!tls.on()) return grpc::InsecureServerCredentials();
-  grpc::experimental::TlsServerCredentialsOptions options(
-      std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(tls.key, tls.cert, tls.client_ca,
-                                                                           kLookSeconds));
-  options.watch_identity_key_cert_pairs();
-  if (!tls.client_ca.empty()) {
-    options.watch_root_certs();
-    options.set_cert_request_type(GRPC_SSL_REQUEST_CLIENT_CERTIFICATE_AND_VERIFY);
+std::shared_ptr<const ServedTls::Pem> ServedTls::Current() {
+  if (!tls_.on()) return nullptr;
+  const std::lock_guard lock(mutex_);
+  const time_t now_s = time(nullptr);
+  time_t newest_s = 0;
+  const std::string state = StateOf(tls_, &newest_s);
+  if (state != seen_) {
+    const absl::Status status = CheckTls(tls_);
+    if (status.ok()) {
+      auto pem = std::make_shared<Pem>();
+      pem->cert = ReadPem("", tls_.cert).value_or("");
+      pem->key = ReadPem("", tls_.key).value_or("");
+      if (!tls_.client_ca.empty()) pem->client_ca = ReadPem("", tls_.client_ca).value_or("");
+      tm end = {};
+      const Certificate certificate = NextCertificate(BioOf(pem->cert));
+      if (certificate && ASN1_TIME_to_tm(X509_get0_notAfter(certificate.get()), &end) == 1) {
+        pem->expires_s = timegm(&end);
+        current_ = std::move(pem);
+        told_of_end_ = false;
+        seen_ = state;
+      }
+    } else if (state != told_ && (now_s >= newest_s + kRenewalSeconds || now_s < newest_s)) {
+      told_ = state;
+      LOG_ERROR(absl::StrCat(std::string(status.message()),
+                             ". Going on with the earlier certificate; mend the file, it is read again by itself"));
+    }
   }
-  return grpc::experimental::TlsServerCredentials(options);
+  if (current_ != nullptr && now_s > current_->expires_s && !std::exchange(told_of_end_, true)) {
+    LOG_ERROR(absl::StrCat("the certificate ", tls_.cert, " has expired and clients refuse it; renew it"));
+  }
+  return current_;
+}
+
+std::string ServedTls::Problem() {
+  const std::shared_ptr<const Pem> pem = Current();
+  if (pem == nullptr || time(nullptr) <= pem->expires_s) return "";
+  return absl::StrCat("the certificate ", tls_.cert, " has expired; renew it");
+}
+
+std::shared_ptr<grpc::ServerCredentials> MakeServerCredentials(ServedTls& served) {
+  if (!served.files().on()) return grpc::InsecureServerCredentials();
+  return std::make_shared<FetchingCredentials>(served);
 }
 
 absl::StatusOr<std::string> NameToCheck(const std::string& cert_file, const std::string& host) {
@@ -118,11 +227,11 @@ absl::StatusOr<std::string> NameToCheck(const std::string& cert_file, const std:
       " nor does it hold a DNS name (subjectAltName), so no program could check it; make one for DNS:localhost too"));
 }
 
-bool UseTls(const TlsConfig& tls, void* context) {
+bool UseTls(ServedTls& served, void* context) {
   auto* ssl_context = static_cast<SSL_CTX*>(context);
   SSL_CTX_set_min_proto_version(ssl_context, TLS1_2_VERSION);
-  SSL_CTX_set_cert_cb(ssl_context, &LoadForHandshake, const_cast<TlsConfig*>(&tls));
-  if (!tls.client_ca.empty()) {
+  SSL_CTX_set_cert_cb(ssl_context, &ShowInHandshake, &served);
+  if (!served.files().client_ca.empty()) {
     SSL_CTX_set_verify(ssl_context, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, nullptr);
   }
   return true;

@@ -34,6 +34,7 @@ std::string Day(int64_t unix_s) {
 absl::Status Create(const std::filesystem::path& file, const TokenOptions& options) {
   const int64_t now_s = time(nullptr);
   SIMPO_ASSIGN_OR_RETURN(const NewToken made, MakeToken(*ParseRole(options.role), options.user, options.days, now_s));
+  const bool is_first = absl::IsNotFound(ReadTokens(file).status());
   SIMPO_RETURN_IF_ERROR(AddToken(file, made.token));
   std::printf("%s\n", made.text.c_str());
   std::fflush(stdout);
@@ -42,12 +43,25 @@ absl::Status Create(const std::filesystem::path& file, const TokenOptions& optio
                "This is shown once: %s's token (id %s, role %s, %s). It goes into SIMPO_TOKEN, or into a file that "
                "simpoctl --token-file names.\n",
                made.token.user.c_str(), made.token.id.c_str(), options.role.c_str(), until.c_str());
+  if (is_first) {
+    std::fprintf(
+        stderr,
+        "It is the first one: from now on every call needs a token, and jobs may use paths below allowed_roots "
+        "and DATA_DIR/outputs only. Jobs that wait for their next attempt with other paths will fail then: set "
+        "allowed_roots and restart the coordinator first.\n");
+  }
   return absl::OkStatus();
 }
 
 absl::Status List(const std::filesystem::path& file) {
   const absl::StatusOr<std::vector<Token>> tokens = ReadTokens(file);
   if (!tokens.ok() && !absl::IsNotFound(tokens.status())) return tokens.status();
+  std::error_code error;
+  if (!tokens.ok() && std::filesystem::exists(file.string() + ".required", error)) {
+    return absl::NotFoundError(absl::StrCat("the token file ", file.string(),
+                                            " has gone, and every call is refused; restore it from a backup, or make a "
+                                            "token: simpo-coordinator token create"));
+  }
   if (!tokens.ok()) {
     std::fprintf(stderr, "There are no tokens: nobody is asked for one.\n");
     return absl::OkStatus();
@@ -62,6 +76,16 @@ absl::Status List(const std::filesystem::path& file) {
                                             over ? " (expired)" : ""));
   }
   std::printf("%s", table.c_str());
+  return absl::OkStatus();
+}
+
+absl::Status Revoke(const std::filesystem::path& file, const std::string& id) {
+  std::string user;
+  for (const Token& token : ReadTokens(file).value_or(std::vector<Token>())) {
+    if (token.id == id) user = token.user;
+  }
+  SIMPO_RETURN_IF_ERROR(RevokeToken(file, id));
+  std::printf("token %s of %s is revoked\n", id.c_str(), user.c_str());
   return absl::OkStatus();
 }
 
@@ -83,9 +107,8 @@ void AddTokenCommands(CLI::App& app, std::function<absl::Status(const std::files
   list->fallthrough()->callback([run] { *run = &List; });
   CLI::App* revoke = token->add_subcommand("revoke", "Make a token useless, at once");
   revoke->add_option("id", options->id, "The token's id, from `token list`")->required();
-  revoke->fallthrough()->callback([run, options] {
-    *run = [options](const std::filesystem::path& file) { return RevokeToken(file, options->id); };
-  });
+  revoke->fallthrough()->callback(
+      [run, options] { *run = [options](const std::filesystem::path& file) { return Revoke(file, options->id); }; });
 }
 
 }  // namespace simpo

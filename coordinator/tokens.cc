@@ -15,6 +15,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "common/atomic_file.h"
+#include "common/log.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "coordinator/file_lock.h"
@@ -165,6 +166,17 @@ bool SecretsEqual(std::string_view a, std::string_view b) {
 }
 
 void TokenStore::Refresh() {
+  const absl::Status earlier = status_;
+  Look();
+  if (status_ == earlier) return;
+  if (status_.ok()) {
+    LOG_INFO(absl::StrCat("the token file ", file_.string(), " can be used again"));
+  } else {
+    LOG_WARNING(absl::StrCat("nobody gets in: ", std::string(status_.message())));
+  }
+}
+
+void TokenStore::Look() {
   const std::filesystem::path mark = file_.string() + ".required";
   struct stat now = {};
   if (stat(file_.c_str(), &now) != 0) {
@@ -176,7 +188,7 @@ void TokenStore::Refresh() {
     status_ = !required_ ? absl::OkStatus()
                          : absl::UnavailableError(absl::StrCat(
                                "the token file ", file_.string(), is_gone ? " has gone" : " cannot be looked at",
-                               "; restore it from a backup, or make a token: simpo-coordinator token add"));
+                               "; restore it from a backup, or make a token: simpo-coordinator token create"));
     return;
   }
   // The next coordinator asks for tokens too, should the file be lost.
@@ -191,6 +203,12 @@ void TokenStore::Refresh() {
   status_ = tokens.status();
   tokens_.clear();
   if (tokens.ok()) tokens_ = *std::move(tokens);
+}
+
+absl::Status TokenStore::status() {
+  const std::lock_guard lock(mutex_);
+  Refresh();
+  return status_;
 }
 
 bool TokenStore::Required() {

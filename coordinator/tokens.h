@@ -60,13 +60,16 @@ class TokenStore {
  public:
   explicit TokenStore(std::filesystem::path file) : file_(std::move(file)) {}
 
+  // UNAVAILABLE: the file has gone. Any other error: it is there and cannot be used. Each change is logged.
+  absl::Status status();
   // Whether callers need a token.
   bool Required();
   // UNAUTHENTICATED: unknown or expired; UNAVAILABLE: the file cannot be used.
   absl::StatusOr<Token> Find(std::string_view text, int64_t now_s);
 
  private:
-  void Refresh();  // with mutex_ held
+  void Refresh();  // with mutex_ held, as Look
+  void Look();
 
   const std::filesystem::path file_;
   std::mutex mutex_;

@@ -40,6 +40,27 @@ TEST(DataDirTest, ALocalFolderIsMade) {
   EXPECT_TRUE(std::filesystem::is_directory(dir / "a/b"));
 }
 
+TEST(DataDirTest, WhatIsInItIsItsAccountsAlone) {
+  namespace fs = std::filesystem;
+  const TempDir dir;
+  const auto mode = [](const fs::path& path) { return static_cast<int>(fs::status(path).permissions()); };
+  ASSERT_OK(MakeDataDir(dir / "new"));
+  EXPECT_EQ(mode(dir / "new"), 0700);
+  fs::create_directory(dir / "old");
+  fs::permissions(dir / "old", static_cast<fs::perms>(0755));
+  WriteText(dir / "old" / kMetricsFile, "");
+  fs::permissions(dir / "old" / kMetricsFile, static_cast<fs::perms>(0644));
+  ASSERT_OK(MakeDataDir(dir / "old"));
+  EXPECT_EQ(mode(dir / "old"), 0755) << "it keeps its mode";
+  const Stores stores = Stores::Open(dir / "old" / kJobsFile);
+  int files = 0;
+  for (const auto& entry : fs::directory_iterator(dir / "old")) {
+    EXPECT_EQ(mode(entry.path()), 0600) << entry.path();
+    ++files;
+  }
+  EXPECT_EQ(files, 6) << "both databases with -wal and -shm";
+}
+
 class BackupTest : public ::testing::Test {
  protected:
   BackupTest() {

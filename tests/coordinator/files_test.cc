@@ -208,6 +208,29 @@ TEST_F(ServerOptionsTest, ADataFolderHasOneNameAndItIsUtf8) {
   EXPECT_THAT(std::string(Complete().message()), AllOf(HasSubstr("--data-dir"), HasSubstr("UTF-8")));
 }
 
+TEST_F(ServerOptionsTest, AWrongValueIsShownWithItsRemedy) {
+  for (const auto& [config, part] : std::map<std::string, std::string>{
+           {"a: 1\ndata_dir:\n", ":2: data_dir: must be text, not nothing"},
+           {"listen: ~\n", ":1: listen: must be text, not nothing"},
+           {"allowed_roots:\n", ":1: allowed_roots: must be a list, not nothing"},
+           {"slots: 4\nslots: 5\n", ":2: slots is in line 1 already"},
+           {"tls: {cert: a}\ntls_cert: b\n", ":2: tls_cert is in line 1 already"},
+           {"heartbeat_timeout_s: 5m\n", ":1: heartbeat_timeout_s: must be a number, not '5m'"},
+           {"heartbeat_timeout_s: 0\n", ":1: heartbeat_timeout_s must be 1 to 1e9, not 0"},
+           {"step_timeout_s: 0\n", ":1: step_timeout_s must be above 0 and at most 1e9, not 0"},
+           {"starvation_minutes: -3\n", ":1: starvation_minutes must be 0 to 1e9, not -3"},
+           {"slots: [1]\n", ":1: slots: must be a whole number, not a list or map"},
+           {"tls: a.pem\n", ":1: tls: must be as {cert: FILE"},
+           {"slot: 4\n", "unknown key 'slot'; did you mean slots?"},
+           {"data-dir: d\n", "unknown key 'data-dir'; did you mean data_dir?"},
+           {"wholly_other: d\n", "known are nodes, quotas"}}) {
+    options_ = {};
+    EXPECT_THAT(std::string(Parse({}, config).message()), HasSubstr(part)) << config;
+  }
+  options_ = {};
+  ASSERT_OK(Parse({}, "starvation_minutes: 0\nrestart_pause_s: 0\nheartbeat_timeout_s: 1\n"));
+}
+
 TEST_F(ServerOptionsTest, TheQueueIsSetUpInTheFile) {
   ASSERT_OK(Parse({},
                   "data_dir: d\npreemption: true\nstarvation_minutes: 5\n"
@@ -226,6 +249,8 @@ TEST_F(ServerOptionsTest, TheQueueIsSetUpInTheFile) {
                                           {"nodes: [box]\n", "nodes: must be a list"},
                                           {"nodes: [{name: box}]\n", "each needs a name and 1 to"},
                                           {"nodes: [{name: box, slots: some}]\n", "wrong type"},
+                                          {"quotas: {users: {alice: x}}\n", "'alice' must be 0 slots or more, not 'x'"},
+                                          {"quotas: {users: {a: 1, a: 2}}\n", "'a' is there twice"},
                                           {"nodes: [{name: box, slots: 2, gpus: 1}]\n", "unknown key 'gpus'"},
                                           {"nodes: [{name: a, slots: 2}, {name: a, slots: 2}]\n", "'a' is there twice"},
                                           {"quotas: 4\n", "quotas: must be as"},
@@ -250,6 +275,7 @@ TEST_F(ServerOptionsTest, WhatCannotWorkIsRefusedBeforeTheStart) {
   refused({.data_dir = "d", .slots = -1}, "--slots is -1");
   refused({.data_dir = "d", .worker = "/no/such/worker"}, "the trainer /no/such/worker is not there");
   refused({.data_dir = "d", .stop_grace_s = -3}, "--stop-grace-s must be 0");
+  refused({.data_dir = "d", .heartbeat_timeout_s = 0}, "--heartbeat-timeout-s must be 1 to 1e9, not 0");
   refused({.data_dir = "d", .slots = 4, .nodes = {{.name = "a", .slots = 2}}}, "--slots is 4, but nodes gives 2 to a");
   refused({.data_dir = "d", .nodes = {{.name = "a", .slots = 2}, {.name = "b", .slots = 2}}}, "nodes names 2 machines");
   options_ = {.data_dir = "d", .listen = "0.0.0.0:7077", .insecure = true};

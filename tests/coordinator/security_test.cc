@@ -8,6 +8,9 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -24,7 +27,9 @@ namespace simpo {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::AnyOf;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -135,11 +140,55 @@ TEST_F(SecurityTest, ClientCertificates) {
 }
 
 TEST_F(SecurityTest, ARenewedCertificateNeedsNoRestart) {
-  const auto server = Start(TlsOptions());
+  ServerOptions options = TlsOptions();
+  options.tls_ca.clear();  // the ranks trust the certificate itself
+  const auto server = Start(options);
   EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok());
   Show(MakeIdentity("coordinator", &stranger_, kHere));
   EXPECT_TRUE(Eventually([&] { return List(Channel(server->grpc_address(), &stranger_)).ok(); }));
   EXPECT_FALSE(List(Channel(server->grpc_address(), &authority_)).ok());
+}
+
+// The answer of /healthz: its status and text.
+std::string HealthPage(const Server& server) {
+  const auto page = httplib::Client("http://" + server.http_address()).Get("/healthz");
+  return page ? absl::StrCat(page->status, " ", page->body) : "none";
+}
+
+TEST_F(SecurityTest, ARenewalThatDoesNotFitIsLoggedAndNotUsed) {
+  const auto server = Start(TlsOptions());
+  const Identity good = MakeIdentity("coordinator", &authority_, kHere);
+  const Identity foreign = MakeIdentity("coordinator", &stranger_, kHere);
+  const Identity expired = MakeIdentity("coordinator", &authority_, kHere, -7200, -3600);
+  const Identity wrong_key = {.cert = good.cert, .key = stranger_.key, .x509 = {}, .pkey = {}};
+  const Identity garbage = {.cert = "garbage", .key = good.key, .x509 = {}, .pkey = {}};
+  for (const auto& [shown, line] :
+       {std::pair(wrong_key, "is not that of"), std::pair(garbage, "holds no certificate"),
+        std::pair(foreign, "does not vouch for"), std::pair(expired, "has expired; renew it")}) {
+    Show(shown);
+    std::string log;
+    EXPECT_TRUE(Eventually([&] {
+      testing::internal::CaptureStderr();
+      EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok()) << line;
+      log += testing::internal::GetCapturedStderr();
+      return !log.empty();
+    })) << line;
+    EXPECT_THAT(log, AllOf(HasSubstr(line), HasSubstr((dir_ / "server.").string()), HasSubstr("earlier certificate")));
+  }
+  EXPECT_EQ(HealthPage(*server), "200 ok\n") << "the earlier one still holds";
+  testing::internal::CaptureStderr();
+  Show(good);
+  EXPECT_TRUE(List(Channel(server->grpc_address(), &authority_)).ok());
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "");
+}
+
+TEST_F(SecurityTest, ACertificateThatRunsOutIsTold) {
+  Show(MakeIdentity("coordinator", &authority_, kHere, -3600, 2));
+  const auto server = Start(TlsOptions());
+  EXPECT_TRUE(Eventually([&] { return HealthPage(*server) != "200 ok\n"; }));
+  EXPECT_THAT(HealthPage(*server), AllOf(HasSubstr("503 "), HasSubstr("server.pem"), HasSubstr("has expired")));
+  Show(MakeIdentity("coordinator", &authority_, kHere));
+  EXPECT_EQ(HealthPage(*server), "200 ok\n");
 }
 
 TEST_F(SecurityTest, BadTlsFilesAreNamedBeforeAnythingStarts) {
@@ -155,6 +204,13 @@ TEST_F(SecurityTest, BadTlsFilesAreNamedBeforeAnythingStarts) {
   EXPECT_THAT(problem({cert, key, key}), HasSubstr("--tls-client-ca"));
   WriteText(dir_ / "other.key", stranger_.key);
   EXPECT_THAT(problem({cert, dir_ / "other.key", ""}), HasSubstr("is not that of"));
+  EXPECT_EQ(problem({cert, key, "", ca}), "");
+  EXPECT_EQ(problem({cert, key, "", cert}), "");
+  EXPECT_THAT(problem({cert, key, "", key}), HasSubstr("--tls-ca: "));
+  WriteText(dir_ / "other.pem", stranger_.cert);
+  EXPECT_THAT(problem({cert, key, "", dir_ / "other.pem"}), AllOf(HasSubstr("--tls-ca: "), HasSubstr("other.pem")));
+  WriteText(dir_ / "both.pem", stranger_.cert + authority_.cert);
+  EXPECT_EQ(problem({cert, key, "", dir_ / "both.pem"}), "") << "any of several";
   Show(MakeIdentity("coordinator", &authority_, kHere, -7200, -3600));
   EXPECT_THAT(problem({cert, key, ""}), HasSubstr("expired"));
   Show(MakeIdentity("coordinator", &authority_, kHere, 3600, 7200));
@@ -229,9 +285,99 @@ TEST_F(SecurityTest, TokensCountAtOnceAndOverARestart) {
   EXPECT_TRUE(List(channel, token).ok());
   EXPECT_EQ(List(channel, "simpo_x").error_code(), grpc::StatusCode::UNAUTHENTICATED);
   server.reset();
+  testing::internal::CaptureStderr();
   server = Start(Options());
+  EXPECT_THAT(testing::internal::GetCapturedStderr(), HasSubstr("set allowed_roots"));
   EXPECT_EQ(List(Channel(server->grpc_address(), nullptr)).error_code(), grpc::StatusCode::UNAUTHENTICATED);
   EXPECT_TRUE(List(Channel(server->grpc_address(), nullptr), token).ok());
+}
+
+TEST_F(SecurityTest, ATokenFileThatCannotBeUsedIsToldAtTheStart) {
+  NewTokenOf(Role::kRead, "rita");
+  const fs::path file = dir_ / "data/tokens.json";
+  const auto start = [&] { return Server::Start(Options(), "1.2.3", [](const absl::Status&) {}); };
+  fs::permissions(file, fs::perms::owner_all | fs::perms::others_read);
+  EXPECT_THAT(std::string(start().status().message()), AllOf(HasSubstr(file.string()), HasSubstr("chmod 600")));
+  fs::permissions(file, fs::perms::owner_read | fs::perms::owner_write);
+  EXPECT_TRUE(start().ok());
+  WriteText(file, "[{");
+  EXPECT_THAT(std::string(start().status().message()), AllOf(HasSubstr(file.string()), HasSubstr("from a backup")));
+  fs::remove(file);
+  EXPECT_TRUE(start().ok()) << "gangs are looked after, and calls refused, until the file is back";
+}
+
+// The program, as administrators type its commands.
+class ProgramTest : public ::testing::Test {
+ protected:
+  // Both outputs, and the exit code before them.
+  std::string Run(const std::string& arguments) {
+    const std::string command =
+        absl::StrCat("exec > '", (dir_ / "output").string(), "' 2>&1; '", SIMPO_COORDINATOR_BINARY, "' ", arguments);
+    const int status = std::system(command.c_str());
+    return absl::StrCat(WEXITSTATUS(status), " ", ReadText(dir_ / "output"));
+  }
+  std::string Create(const std::string& user) {
+    return Run(absl::StrCat("token create --role read --user ", user, " --data-dir ", data_));
+  }
+  TempDir dir_;
+  const std::string data_ = dir_ / "data";
+};
+
+TEST_F(ProgramTest, SayWhatTheyDid) {
+  EXPECT_THAT(Run("token list --data-dir " + data_), AllOf(HasSubstr("1 "), HasSubstr("there is no data folder")));
+  EXPECT_FALSE(fs::exists(data_));
+  EXPECT_THAT(Create("rita"), AllOf(HasSubstr("0 "), HasSubstr("Making a new data folder: " + data_),
+                                    HasSubstr("It is the first one"), HasSubstr("allowed_roots")));
+  EXPECT_THAT(Create("sam"), AllOf(HasSubstr("0 "), Not(HasSubstr("first")), Not(HasSubstr("Making"))));
+  const std::string id = nlohmann::json::parse(ReadText(dir_ / "data/tokens.json"))[0]["id"];
+  EXPECT_EQ(Run(absl::StrCat("token revoke ", id, " --data-dir ", data_)),
+            absl::StrCat("0 token ", id, " of rita is revoked\n"));
+  EXPECT_TRUE(TokenStore(dir_ / "data/tokens.json").Required());
+  fs::remove(dir_ / "data/tokens.json");
+  EXPECT_THAT(Run("token list --data-dir " + data_), AllOf(HasSubstr("1 "), HasSubstr("every call is refused")));
+}
+
+TEST_F(ProgramTest, RootWritesAsTheFoldersOwner) {
+  if (geteuid() != 0) GTEST_SKIP() << "needs root";
+  constexpr uid_t kSomebody = 12345;
+  fs::create_directory(data_);
+  fs::permissions(dir_.path(), fs::perms::others_exec, fs::perm_options::add);
+  ASSERT_EQ(chown(data_.c_str(), kSomebody, kSomebody), 0);
+  EXPECT_THAT(Create("rita"), HasSubstr("0 "));
+  for (const char* name : {"tokens.json", "tokens.json.lock"}) {
+    struct stat info = {};
+    ASSERT_EQ(stat((dir_ / "data" / name).c_str(), &info), 0);
+    EXPECT_EQ(info.st_uid, kSomebody) << name;
+    EXPECT_EQ(info.st_gid, kSomebody) << name;
+  }
+}
+
+TEST_F(ProgramTest, TheReadyLineTellsWhetherThePortIsOpen) {
+  const auto start = [&](const std::string& address) {
+    return absl::StrCat("--worker /bin/true --mpirun /bin/true --http 127.0.0.1:0 --data-dir ", data_, " --listen ",
+                        address);
+  };
+  // SIGTERM after it is ready ends it in order.
+  const auto ready = [&](const std::string& arguments) {
+    return Run(absl::StrCat(arguments, " & i=0; while ! grep -q ready: '", (dir_ / "output").string(),
+                            "' && [ $i -lt 200 ]; do sleep 0.1; i=$((i+1)); done; kill $!; wait $!"));
+  };
+  const std::string open = ready(start("0.0.0.0:0 --insecure"));
+  EXPECT_THAT(open, ContainsRegex("ready: grpc 127.0.0.1:[0-9]+, http .* slots; open to other machines at "
+                                  "0.0.0.0:[0-9]+ \\(without TLS, insecure\\)"));
+  const std::string closed = ready(start("127.0.0.1:0"));
+  EXPECT_THAT(closed, HasSubstr("ready: grpc 127.0.0.1:"));
+  EXPECT_THAT(closed, Not(HasSubstr("open to")));
+}
+
+TEST_F(ProgramTest, ABackupTakesTheFolderFromTheConfigFile) {
+  WriteText(dir_ / "c.yaml", "data_dir: " + data_ + "\n");
+  fs::create_directory(data_);
+  { const auto database = ValueOf(Database::Open(dir_ / "data" / kJobsFile)); }
+  EXPECT_EQ(Run(absl::StrCat("backup --config ", (dir_ / "c.yaml").string(), " --to ", (dir_ / "copy").string())),
+            absl::StrCat("0 ", data_, ": backed up to ", (dir_ / "copy").string(), "\n"));
+  EXPECT_TRUE(fs::exists(dir_ / "copy" / kJobsFile));
+  EXPECT_THAT(Run("backup --to " + (dir_ / "other").string()), AllOf(HasSubstr("2 "), HasSubstr("--data-dir")));
 }
 
 // The bytes of grpc.health.v1.HealthCheckResponse: "\x08\x01" is SERVING, "\x08\x02" NOT_SERVING.
@@ -364,6 +510,7 @@ TEST_F(SecurityTest, TheMetricsPageOnAnOpenAddress) {
   const std::string token = NewTokenOf(Role::kRead, "rita");
   ServerOptions options = TlsOptions();
   options.http = "0.0.0.0:0";
+  options.tls_ca.clear();
   const auto server = Start(options);
   const int port = std::stoi(server->http_address().substr(server->http_address().rfind(':') + 1));
   httplib::SSLClient https("127.0.0.1", port);

@@ -107,9 +107,26 @@ TEST_F(TokensTest, AFileThatIsLostBetweenTwoCoordinatorsShutsTheDoorToo) {
   EXPECT_TRUE(next.Required());
   const absl::Status status = next.Find(first.text, kNow).status();
   EXPECT_TRUE(absl::IsUnavailable(status));
-  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr(file_.string()), HasSubstr("token add")));
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr(file_.string()), HasSubstr("token create")));
   const NewToken second = Add(Role::kAdmin, "ada");
   EXPECT_TRUE(next.Find(second.text, kNow).ok());
+}
+
+TEST_F(TokensTest, EachChangeOfWhatCanBeUsedIsLoggedOnce) {
+  TokenStore store(file_);
+  const NewToken made = Add(Role::kAdmin, "root");
+  const auto log = [&] {
+    testing::internal::CaptureStderr();
+    for (int i = 0; i < 3; ++i) std::ignore = store.Find(made.text, kNow);
+    return testing::internal::GetCapturedStderr();
+  };
+  EXPECT_EQ(log(), "");
+  ASSERT_EQ(chmod(file_.c_str(), 0666), 0);
+  const std::string shut = log();
+  EXPECT_THAT(shut, AllOf(HasSubstr(" W "), HasSubstr("nobody gets in"), HasSubstr("chmod 600 " + file_.string())));
+  EXPECT_EQ(std::count(shut.begin(), shut.end(), '\n'), 1);
+  ASSERT_EQ(chmod(file_.c_str(), 0600), 0);
+  EXPECT_THAT(log(), HasSubstr("can be used again"));
 }
 
 TEST_F(TokensTest, AnErrorThatPassesLocksNobodyOutForGood) {

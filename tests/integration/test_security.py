@@ -105,6 +105,8 @@ def test_a_gang_goes_on_when_tls_is_turned_on(workspace, coordinators, certifica
 def test_token_commands(tmp_path):
     data_dir = tmp_path / "data"
     program = programs.program("simpo-coordinator")
+    assert "no data folder" in programs.run_program([program, "token", "list", "--data-dir", data_dir]).expect(1).stderr
+    data_dir.mkdir()
     assert "There are no tokens" in programs.run_program([program, "token", "list", "--data-dir", data_dir]).stderr
     token = new_token(data_dir, "read", "rita", "--days", "3")
     assert re.fullmatch(r"simpo_[0-9a-f]{8}_[0-9a-f]{64}", token)
