@@ -75,6 +75,7 @@ TEST(Program, ListSaysThatThereAreMoreAndAsksForLabels) {
   EXPECT_EQ(asked[0].labels().at("team"), "a=b");
   EXPECT_EQ(asked[0].labels().at("x"), "");
   outcome = RunSimpoctl(service.address(), "list");
+  service.Settle();
   EXPECT_THAT(outcome.out, HasSubstr("ab12cd"));
   EXPECT_EQ(outcome.err, "");
 }
