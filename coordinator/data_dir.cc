@@ -105,7 +105,7 @@ absl::Status CopyDatabases(const fs::path& dir, const fs::path& target) {
 // Their hashes, and that tokens are asked for: without the mark a coordinator that is restored without the hashes would
 // let anybody in.
 absl::Status CopyTokens(const fs::path& dir, const fs::path& target) {
-  const std::string mark = absl::StrCat(kTokensFile, ".required");  // see TokenStore
+  const std::string mark = absl::StrCat(kTokensFile, kRequiredMark);
   const absl::StatusOr<std::string> tokens = ReadFile(dir / kTokensFile, /*max_bytes=*/1 << 26);
   if (!tokens.ok() && !absl::IsNotFound(tokens.status())) return tokens.status();
   if (tokens.ok()) SIMPO_RETURN_IF_ERROR(WriteFileAtomically(target / kTokensFile, *tokens, 0600));

@@ -57,7 +57,7 @@ absl::Status List(const std::filesystem::path& file) {
   const absl::StatusOr<std::vector<Token>> tokens = ReadTokens(file);
   if (!tokens.ok() && !absl::IsNotFound(tokens.status())) return tokens.status();
   std::error_code error;
-  if (!tokens.ok() && std::filesystem::exists(file.string() + ".required", error)) {
+  if (!tokens.ok() && std::filesystem::exists(file.string() + kRequiredMark, error)) {
     return absl::NotFoundError(absl::StrCat("the token file ", file.string(),
                                             " has gone, and every call is refused; restore it from a backup, or make a "
                                             "token: simpo-coordinator token create"));

@@ -177,7 +177,7 @@ void TokenStore::Refresh() {
 }
 
 void TokenStore::Look() {
-  const std::filesystem::path mark = file_.string() + ".required";
+  const std::filesystem::path mark = file_.string() + kRequiredMark;
   struct stat now = {};
   if (stat(file_.c_str(), &now) != 0) {
     const bool is_gone = errno == ENOENT;

@@ -17,6 +17,7 @@
 namespace simpo {
 
 inline constexpr char kTokensFile[] = "tokens.json";  // in the data directory
+inline constexpr char kRequiredMark[] = ".required";  // behind its name: tokens are asked for, see TokenStore
 
 // What a user may do; each may all that the one before may.
 enum class Role {
@@ -55,7 +56,7 @@ absl::Status RevokeToken(const std::filesystem::path& file, const std::string& i
 bool SecretsEqual(std::string_view a, std::string_view b);
 
 // The tokens that count now: the file is read again whenever it has changed. Once there were tokens, they are asked
-// for, also when the file has gone or cannot be read; FILE.required says so to later processes. Thread-safe.
+// for, also when the file has gone or cannot be read; the mark beside it says so to later processes. Thread-safe.
 class TokenStore {
  public:
   explicit TokenStore(std::filesystem::path file) : file_(std::move(file)) {}
