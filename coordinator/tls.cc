@@ -93,39 +93,37 @@ int ShowInHandshake(SSL* ssl, void* argument) {
   return SSL_set1_verify_cert_store(ssl, StoreOf(pem->client_ca).get()) == 1 ? 1 : 0;
 }
 
-// The C++ wrappers of gRPC have none by which a server fetches its certificate. For one port: each would have to be
-// told of a change.
+// Before each handshake, one after the other. gRPC keeps the earlier ones after FAIL and asks again the next time.
+grpc_ssl_certificate_config_reload_status FetchForHandshake(void* argument,
+                                                            grpc_ssl_server_certificate_config** config) {
+  auto* const served = static_cast<ServedTls*>(argument);
+  const std::shared_ptr<const ServedTls::Pem> pem = served->Current();
+  if (pem == nullptr) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_FAIL;
+  if (pem == served->of_grpc) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
+  served->of_grpc = pem;
+  const grpc_ssl_pem_key_cert_pair pair = {pem->key.c_str(), pem->cert.c_str()};
+  // It insists on authorities, which count only where clients are asked for certificates.
+  const std::string& authorities = pem->client_ca.empty() ? pem->cert : pem->client_ca;
+  *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
+  return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
+}
+
+// The C++ wrappers of gRPC have none by which a server fetches its certificate. It is gone once the server runs.
 class FetchingCredentials final : public grpc::ServerCredentials {
  public:
-  explicit FetchingCredentials(ServedTls& served) : served_(served) {
+  explicit FetchingCredentials(ServedTls& served) {
     const auto request = served.files().client_ca.empty() ? GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE
                                                           : GRPC_SSL_REQUEST_CLIENT_CERTIFICATE_AND_VERIFY;
     credentials_ = grpc_ssl_server_credentials_create_with_options(
-        grpc_ssl_server_credentials_create_options_using_config_fetcher(request, &Fetch, this));
+        grpc_ssl_server_credentials_create_options_using_config_fetcher(request, &FetchForHandshake, &served));
   }
   ~FetchingCredentials() override { grpc_server_credentials_release(credentials_); }
   void SetAuthMetadataProcessor(const std::shared_ptr<grpc::AuthMetadataProcessor>&) override {}
 
  private:
-  // Before each handshake, one after the other. gRPC keeps the earlier ones after FAIL and asks again the next time.
-  static grpc_ssl_certificate_config_reload_status Fetch(void* argument, grpc_ssl_server_certificate_config** config) {
-    auto* const self = static_cast<FetchingCredentials*>(argument);
-    const std::shared_ptr<const ServedTls::Pem> pem = self->served_.Current();
-    if (pem == nullptr) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_FAIL;
-    if (pem == self->fetched_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
-    self->fetched_ = pem;
-    const grpc_ssl_pem_key_cert_pair pair = {pem->key.c_str(), pem->cert.c_str()};
-    // It insists on authorities, which count only where clients are asked for certificates.
-    const std::string& authorities = pem->client_ca.empty() ? pem->cert : pem->client_ca;
-    *config = grpc_ssl_server_certificate_config_create(authorities.c_str(), &pair, 1);
-    return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
-  }
   int AddPortToServer(const std::string& address, grpc_server* server) override {
     return grpc_server_add_http2_port(server, address.c_str(), credentials_);
   }
-
-  ServedTls& served_;
-  std::shared_ptr<const ServedTls::Pem> fetched_;  // what gRPC has; of its lock
   grpc_server_credentials* credentials_;
 };
 

@@ -43,6 +43,8 @@ class ServedTls {
   // Why nobody can connect, for /healthz, or "".
   std::string Problem();
 
+  std::shared_ptr<const Pem> of_grpc;  // what gRPC was given last; under its lock, so for one port
+
  private:
   const TlsConfig tls_;
   std::mutex mutex_;
