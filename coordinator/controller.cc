@@ -15,7 +15,7 @@ constexpr std::chrono::milliseconds kTick{200};
 // Of what ranks say, in one group: a few milliseconds of work.
 constexpr size_t kRankEventsOfAGroup = 256;
 // Of what users ask, while the disk hangs: more than come at once when it does not.
-constexpr size_t kMaxWaitingCalls = 10'000;
+constexpr size_t kMaxWaitingCalls = 100'000;
 constexpr size_t kMaxWaitingBytes = 128 << 20;
 
 absl::Status Stopping() { return absl::UnavailableError("the coordinator is stopping; ask again when it is back"); }
