@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <iterator>
-#include <limits>
-#include <nlohmann/json.hpp>
 #include <optional>
+#include <string_view>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -12,6 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "common/log.h"
+#include "common/metrics_line.h"
 #include "common/text.h"
 #include "coordinator/launcher.h"
 #include "coordinator/log_reader.h"
@@ -54,28 +54,6 @@ std::string LastMessage(const std::vector<std::string>& lines, absl::string_view
   return ToUtf8(message, kMaxMessageBytes);  // a log may hold anything
 }
 
-std::optional<double> ParseValue(const nlohmann::json& json) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  if (json.is_number()) return json.get<double>();
-  if (json == "NaN") return std::numeric_limits<double>::quiet_NaN();
-  if (json == "Infinity") return kInfinity;
-  if (json == "-Infinity") return -kInfinity;
-  return std::nullopt;
-}
-
-// Nothing: the line is no point.
-std::optional<v1::MetricPoint> ParsePoint(absl::string_view line) {
-  const auto json = nlohmann::json::parse(line.begin(), line.end(), nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) return std::nullopt;
-  v1::MetricPoint point;
-  point.set_step(json["step"].get<int64_t>());
-  for (const auto& [name, value] : json.items()) {
-    const std::optional<double> number = ParseValue(value);
-    if (name != "step" && number) (*point.mutable_values())[name] = *number;
-  }
-  return point;
-}
-
 }  // namespace
 
 std::string LastWords(const fs::path& log_dir, int ranks) {
@@ -102,16 +80,18 @@ std::vector<v1::MetricPoint> ReadMetricsFile(const fs::path& path, const std::st
       const size_t before = end == 0 ? std::string::npos : text.rfind('\n', end - 1);
       if (before == std::string::npos && bytes < file.size()) break;  // its begin is missing
       const size_t begin = before == std::string::npos ? 0 : before + 1;
-      std::optional<v1::MetricPoint> point = ParsePoint(absl::string_view(text).substr(begin, end - begin));
+      const std::optional<ParsedMetrics> line = ParseMetricsLine(std::string_view(text).substr(begin, end - begin));
       end = before;
-      if (!point) continue;
-      if (point->step() <= after_step) {
+      if (!line) continue;
+      if (line->step <= after_step) {
         reached = true;
         break;
       }
-      point->set_attempt(attempt);
-      point->set_split(split);
-      points.push_back(*std::move(point));
+      v1::MetricPoint& point = points.emplace_back();
+      point.set_step(line->step);
+      point.set_attempt(attempt);
+      point.set_split(split);
+      point.mutable_values()->insert(line->values.begin(), line->values.end());
     }
     const bool too_many = points.size() == kMaxPoints || (!reached && bytes == kMaxMetricsBytes);
     if (too_many) LOG_WARNING(absl::StrCat(path.string(), ": only the last ", points.size(), " points are taken"));

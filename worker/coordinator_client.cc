@@ -10,9 +10,7 @@
 #include <condition_variable>
 #include <deque>
 #include <fstream>
-#include <limits>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
 #include <utility>
@@ -21,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/host_name.h"
 #include "common/log.h"
+#include "common/metrics_line.h"
 #include "common/text.h"
 #include "simpo/v1/worker_service.grpc.pb.h"
 #include "worker/coordinator_channel.h"
@@ -74,30 +73,6 @@ void Describe(const RankActivity::State& activity, v1::Heartbeat* heartbeat) {
   last.set_waiting_seconds(activity.waiting_s);
 }
 
-// A value of a metrics line; JSON has no number for the non-finite ones.
-std::optional<double> ParseValue(const nlohmann::json& json) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  if (json.is_number()) return json.get<double>();
-  if (json == "NaN") return std::numeric_limits<double>::quiet_NaN();
-  if (json == "Infinity") return kInfinity;
-  if (json == "-Infinity") return -kInfinity;
-  return std::nullopt;
-}
-
-std::optional<v1::MetricPoint> ParseLine(const std::string& line) {
-  const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) {
-    return std::nullopt;
-  }
-  v1::MetricPoint point;
-  point.set_step(json["step"].get<int64_t>());
-  for (const auto& [name, value] : json.items()) {
-    const std::optional<double> number = ParseValue(value);
-    if (name != "step" && number) (*point.mutable_values())[name] = *number;
-  }
-  return point;
-}
-
 // Reads a metrics file from front to end as it grows.
 class MetricsTail {
  public:
@@ -110,11 +85,14 @@ class MetricsTail {
     std::ifstream file(path_);
     file.seekg(offset_);
     for (std::string line; points.size() < max && std::getline(file, line) && !file.eof();) {
-      const std::optional<v1::MetricPoint> point = ParseLine(line);
-      if (point && point->step() > last) break;
+      const std::optional<ParsedMetrics> parsed = ParseMetricsLine(line);
+      if (parsed && parsed->step > last) break;
       offset_ += static_cast<std::streamoff>(line.size()) + 1;
-      if (!point) LOG_WARNING(absl::StrCat(path_.string(), ": a line is not a JSON object with step"));
-      if (point && point->step() > after) points.push_back(*point);
+      if (!parsed) LOG_WARNING(absl::StrCat(path_.string(), ": a line is not a JSON object with step"));
+      if (!parsed || parsed->step <= after) continue;
+      v1::MetricPoint& point = points.emplace_back();
+      point.set_step(parsed->step);
+      point.mutable_values()->insert(parsed->values.begin(), parsed->values.end());
     }
     return points;
   }
