@@ -36,10 +36,9 @@ absl::StatusOr<std::string> ReadPem(const char* flag, const std::string& file) {
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", std::string(text.status().message())));
 }
 
-// The first certificate of the file.
-absl::StatusOr<Certificate> ReadCertificate(const char* flag, const std::string& file) {
-  SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadPem(flag, file));
-  Certificate certificate = NextCertificate(BioOf(text));
+// The first certificate of the file with this text.
+absl::StatusOr<Certificate> CertificateIn(const char* flag, const std::string& file, const std::string& text) {
+  Certificate certificate = FirstCertificate(text);
   if (certificate) return certificate;
   return absl::InvalidArgumentError(absl::StrCat(flag, ": ", file, " holds no certificate in PEM form"));
 }
@@ -58,7 +57,7 @@ absl::Status CheckTime(const char* flag, const std::string& file, const X509* ce
 // As the ranks will check it.
 absl::Status CheckAuthority(const TlsConfig& tls, const std::string& cert_text) {
   SIMPO_ASSIGN_OR_RETURN(const std::string authorities, ReadPem("--tls-ca", tls.ca));
-  SIMPO_RETURN_IF_ERROR(ReadCertificate("--tls-ca", tls.ca).status());
+  SIMPO_RETURN_IF_ERROR(CertificateIn("--tls-ca", tls.ca, authorities).status());
   const Store store = StoreOf(authorities);
   X509_STORE_set_flags(store.get(), X509_V_FLAG_PARTIAL_CHAIN);  // gRPC takes one in the middle of the chain too
   const Bio bio = BioOf(cert_text);
@@ -77,6 +76,34 @@ absl::Status CheckAuthority(const TlsConfig& tls, const std::string& cert_text) 
       absl::StrCat("--tls-ca: ", tls.ca, " does not vouch for the certificate ", tls.cert, " (",
                    X509_verify_cert_error_string(X509_STORE_CTX_get_error(context.get())),
                    "), so no rank could check it; name the authority that has signed it"));
+}
+
+// The files of a TlsConfig with a certificate and a key, each read once and checked.
+absl::StatusOr<ServedTls::Pem> ReadTls(const TlsConfig& tls) {
+  ServedTls::Pem pem;
+  SIMPO_ASSIGN_OR_RETURN(pem.cert, ReadPem("--tls-cert", tls.cert));
+  SIMPO_ASSIGN_OR_RETURN(const Certificate certificate, CertificateIn("--tls-cert", tls.cert, pem.cert));
+  SIMPO_RETURN_IF_ERROR(CheckTime("--tls-cert", tls.cert, certificate.get()));
+  SIMPO_ASSIGN_OR_RETURN(pem.key, ReadPem("--tls-key", tls.key));
+  const PrivateKey key = PrivateKeyOf(pem.key);
+  if (!key) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tls-key: ", tls.key, " holds no private key in PEM form without a pass phrase"));
+  }
+  if (!IsPair(certificate, key)) {
+    return absl::InvalidArgumentError(absl::StrCat("--tls-key: the key ", tls.key, " is not that of ", tls.cert));
+  }
+  if (!tls.client_ca.empty()) {
+    SIMPO_ASSIGN_OR_RETURN(pem.client_ca, ReadPem("--tls-client-ca", tls.client_ca));
+    SIMPO_RETURN_IF_ERROR(CertificateIn("--tls-client-ca", tls.client_ca, pem.client_ca).status());
+  }
+  if (!tls.ca.empty()) SIMPO_RETURN_IF_ERROR(CheckAuthority(tls, pem.cert));
+  tm end = {};
+  if (ASN1_TIME_to_tm(X509_get0_notAfter(certificate.get()), &end) != 1) {
+    return absl::InvalidArgumentError(absl::StrCat("--tls-cert: the end of the certificate ", tls.cert, " is no time"));
+  }
+  pem.expires_s = timegm(&end);
+  return pem;
 }
 
 // For one connection, before the certificate is shown.
@@ -147,20 +174,7 @@ absl::Status CheckTls(const TlsConfig& tls) {
     return absl::InvalidArgumentError(
         "TLS needs both --tls-cert and --tls-key; --tls-client-ca alone cannot be (it comes on top of them)");
   }
-  SIMPO_ASSIGN_OR_RETURN(const std::string cert_text, ReadPem("--tls-cert", tls.cert));
-  SIMPO_ASSIGN_OR_RETURN(const Certificate certificate, ReadCertificate("--tls-cert", tls.cert));
-  SIMPO_RETURN_IF_ERROR(CheckTime("--tls-cert", tls.cert, certificate.get()));
-  SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadPem("--tls-key", tls.key));
-  const PrivateKey key = PrivateKeyOf(text);
-  if (!key) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--tls-key: ", tls.key, " holds no private key in PEM form without a pass phrase"));
-  }
-  if (!IsPair(certificate, key)) {
-    return absl::InvalidArgumentError(absl::StrCat("--tls-key: the key ", tls.key, " is not that of ", tls.cert));
-  }
-  if (!tls.client_ca.empty()) SIMPO_RETURN_IF_ERROR(ReadCertificate("--tls-client-ca", tls.client_ca).status());
-  return tls.ca.empty() ? absl::OkStatus() : CheckAuthority(tls, cert_text);
+  return ReadTls(tls).status();
 }
 
 std::shared_ptr<const ServedTls::Pem> ServedTls::Current() {
@@ -170,23 +184,14 @@ std::shared_ptr<const ServedTls::Pem> ServedTls::Current() {
   time_t newest_s = 0;
   const std::string state = StateOf(tls_, &newest_s);
   if (state != seen_) {
-    const absl::Status status = CheckTls(tls_);
-    if (status.ok()) {
-      auto pem = std::make_shared<Pem>();
-      pem->cert = ReadPem("", tls_.cert).value_or("");
-      pem->key = ReadPem("", tls_.key).value_or("");
-      if (!tls_.client_ca.empty()) pem->client_ca = ReadPem("", tls_.client_ca).value_or("");
-      tm end = {};
-      const Certificate certificate = NextCertificate(BioOf(pem->cert));
-      if (certificate && ASN1_TIME_to_tm(X509_get0_notAfter(certificate.get()), &end) == 1) {
-        pem->expires_s = timegm(&end);
-        current_ = std::move(pem);
-        told_of_end_ = false;
-        seen_ = state;
-      }
+    absl::StatusOr<Pem> pem = ReadTls(tls_);
+    if (pem.ok()) {
+      current_ = std::make_shared<const Pem>(*std::move(pem));
+      told_of_end_ = false;
+      seen_ = state;
     } else if (state != told_ && (now_s >= newest_s + kRenewalSeconds || now_s < newest_s)) {
       told_ = state;
-      LOG_ERROR(absl::StrCat(std::string(status.message()),
+      LOG_ERROR(absl::StrCat(std::string(pem.status().message()),
                              ". Going on with the earlier certificate; mend the file, it is read again by itself"));
     }
   }
@@ -208,7 +213,8 @@ std::shared_ptr<grpc::ServerCredentials> MakeServerCredentials(ServedTls& served
 }
 
 absl::StatusOr<std::string> NameToCheck(const std::string& cert_file, const std::string& host) {
-  SIMPO_ASSIGN_OR_RETURN(const Certificate certificate, ReadCertificate("--tls-cert", cert_file));
+  SIMPO_ASSIGN_OR_RETURN(const std::string text, ReadPem("--tls-cert", cert_file));
+  SIMPO_ASSIGN_OR_RETURN(const Certificate certificate, CertificateIn("--tls-cert", cert_file, text));
   X509* const x509 = certificate.get();
   if (X509_check_host(x509, host.c_str(), host.size(), 0, nullptr) == 1) return std::string();
   if (X509_check_ip_asc(x509, host.c_str(), 0) == 1) return std::string();
