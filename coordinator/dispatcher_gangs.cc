@@ -347,14 +347,17 @@ void Dispatcher::TakeWorkerEvent(JobRecord& record, const RankId& from, const v1
     record.attempts.back().set_first_step(std::max<int64_t>(0, event.step()));
     Write(jobs_.PutAttempt(record.sequence, record.attempts.back()));
   }
-  if (!full) AddEvent(record, event.type(), message, time_ms);
-  if (record.worker_events.size() == kMaxEventsOfAnAttempt && !full) {
-    AddEvent(record, "events_left_out",
-             absl::StrCat("attempt ", record.job.attempt(), " has told of ", kMaxEventsOfAnAttempt,
-                          " events; what else it tells is not kept"),
-             now.unix_ms);
+  if (full) {
+    Changed(record);
+  } else {
+    AddEvent(record, event.type(), message, time_ms);
+    if (record.worker_events.size() == kMaxEventsOfAnAttempt) {
+      AddEvent(record, "events_left_out",
+               absl::StrCat("attempt ", record.job.attempt(), " has told of ", kMaxEventsOfAnAttempt,
+                            " events; what else it tells is not kept"),
+               now.unix_ms);
+    }
   }
-  Changed(record);
   Write(jobs_.UpdateJob(record.sequence, record.job));
 }
 
