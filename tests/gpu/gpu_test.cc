@@ -44,7 +44,6 @@ int g_passed = 0, g_failed = 0;
 void Check(const std::string& what, bool holds, const std::string& figure = "") {
   (holds ? g_passed : g_failed)++;
   std::printf("%-4s %s%s%s\n", holds ? "ok" : "FAIL", what.c_str(), figure.empty() ? "" : ": ", figure.c_str());
-  std::fflush(stdout);
 }
 void CheckAtMost(const std::string& what, double figure, double bound) {
   char text[64];
@@ -427,7 +426,7 @@ void CheckLostRank(int ranks) {
 // What the tensors of a model take on the device is what ShardedParams says: a GPU's memory holds nothing else.
 void CheckMemory() {
   if (g_stand_in) return;  // host memory has no such counter
-  const auto allocated = [] { return at::getDeviceAllocator(at::kCUDA)->getDeviceStats(0).allocated_bytes[0].current; };
+  const auto requested = [] { return at::getDeviceAllocator(at::kCUDA)->getDeviceStats(0).requested_bytes[0].current; };
   ModelConfig config = TinyModel("qwen2");
   config.vocab_size = 32'000;
   config.hidden_size = 512;
@@ -436,14 +435,14 @@ void CheckMemory() {
   const std::unique_ptr<Collectives> alone = MakeSingleRankCollectives();
   for (const bool offload : {false, true}) {
     cuda::UseDevice(0);
-    const int64_t before = allocated();
+    const int64_t before = requested();
     const ShardedParams params(
         config, {.compute_dtype = at::kBFloat16, .zero_stage = 2, .offload_optimizer = offload, .device = DeviceOf(0)},
         *alone);
     const ShardedParams::Bytes bytes = params.MemoryBytes();
     const int64_t want = bytes.weights + (offload ? 0 : bytes.grads + bytes.optimizer);
     CheckAtMost(std::string("device memory against the formula") + (offload ? ", offload" : ""),
-                std::abs(static_cast<double>(allocated() - before) / static_cast<double>(want) - 1), 0.01);
+                std::abs(static_cast<double>(requested() - before) / static_cast<double>(want) - 1), 0.01);
   }
 }
 
@@ -453,6 +452,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "usage: gpu_test [--stand-in]\n");
     return 2;
   }
+  setvbuf(stdout, nullptr, _IOLBF, 0);  // a crash hides no line
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // what cuBLAS asks for to be deterministic
   const int devices = cuda::DeviceCount();
   if (devices == 0 || (!g_stand_in && !at::hasCUDA())) {
