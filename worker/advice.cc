@@ -138,6 +138,7 @@ MemoryNeed EstimateMemory(const ModelConfig& model, const ShardingOptions& shard
     psi += numel;
   }
   std::vector<double> buckets;
+  buckets.reserve(by_layer.size());
   for (const auto& [layer, numel] : by_layer) buckets.push_back(numel);
   std::sort(buckets.rbegin(), buckets.rend());
   const double two_buckets = buckets[0] + buckets[1];

@@ -117,7 +117,7 @@ absl::Status CheckpointPolicy::Evaluated(int64_t step, const std::map<std::strin
   const bool first = !best_.has_value() && value == value;
   const bool better = best_.has_value() && (greater ? value > best_->metric : value < best_->metric);
   if (!first && !better) return absl::OkStatus();
-  if (first) best_.emplace();
+  if (first) best_ = Best();
   best_->metric = value;
   best_->step = step;
   return absl::OkStatus();

@@ -88,7 +88,7 @@ class MpiCollectives final : public Collectives {
   Pending BeginAllReduce(at::Tensor tensor) override {
     if (world_size_ == 1) return {};
     sent_.all_reduce += 2 * ShareOfOthers(tensor);
-    return Begin("all-reduce", tensor, [this, tensor, data = Data(tensor), kind = KindOf(tensor)] {
+    return Begin("all-reduce", tensor, [tensor, data = Data(tensor), kind = KindOf(tensor)] {
       const auto element_size = static_cast<int64_t>(tensor.element_size());
       for (int64_t begin = 0; begin < tensor.numel(); begin += kChunk) {
         const int count = static_cast<int>(std::min(kChunk, tensor.numel() - begin));
