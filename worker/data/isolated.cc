@@ -23,6 +23,12 @@
 namespace simpo {
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kLimitsMemory = false;  // AddressSanitizer reserves terabytes
+#else
+constexpr bool kLimitsMemory = true;
+#endif
+
 // Bytes that count against RLIMIT_DATA now.
 int64_t DataBytes() {
   std::ifstream status("/proc/self/status");
@@ -38,13 +44,11 @@ void LimitChild(const IsolationLimits& limits) {
   const rlimit no_core{0, 0};
   setrlimit(RLIMIT_CORE, &no_core);
   for (const int signal : {SIGABRT, SIGSEGV, SIGBUS, SIGFPE, SIGILL}) ::signal(signal, SIG_DFL);
-#ifndef __SANITIZE_ADDRESS__
-  if (limits.memory_bytes > 0) {
+  if (kLimitsMemory && limits.memory_bytes > 0) {
     const auto most = static_cast<rlim_t>(DataBytes() + limits.memory_bytes);
     const rlimit data{most, most};
     setrlimit(RLIMIT_DATA, &data);
   }
-#endif
 }
 
 void WriteAll(int fd, std::string_view bytes) {
