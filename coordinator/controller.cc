@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "common/job_config_yaml.h"
 #include "coordinator/rpc_errors.h"
 
 namespace simpo {
@@ -121,11 +120,13 @@ bool Controller::Work(const std::deque<Event>& events, bool tick, bool last) {
 }
 
 void Controller::Submit(Submission submission, std::string request_id, const Dispatcher::SubmitDone& done) {
-  const size_t bytes = JobConfigToYaml(submission.config).size();  // a short file may stand for a large job
-  Post(of_users_, {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
-                             done](Moment now) { dispatcher_.Submit(submission, request_id, now, done); },
-                   .refuse = [done](const absl::Status& status) { done(status); },
-                   .bytes = bytes});
+  if (absl::Status status = dispatcher_.Prepare(submission); !status.ok()) return done(std::move(status));
+  const size_t bytes = 2 * submission.job.config_yaml().size();  // as read and as a file; a short one may say much
+  Post(of_users_,
+       {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
+                  done](Moment now) mutable { dispatcher_.Submit(std::move(submission), request_id, now, done); },
+        .refuse = [done](const absl::Status& status) { done(status); },
+        .bytes = bytes});
 }
 
 void Controller::Check(v1::Job job, std::string output_dir, const std::function<void(absl::Status)>& done) {

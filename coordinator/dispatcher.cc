@@ -382,7 +382,20 @@ absl::Status Dispatcher::Check(const v1::Job& job, const std::string& output_dir
   return violations.empty() ? absl::OkStatus() : BadRequestError(violations, "job");
 }
 
-void Dispatcher::Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done) {
+absl::Status Dispatcher::Prepare(Submission& submission) const {
+  SIMPO_ASSIGN_OR_RETURN(const std::string id, NewJobId());
+  v1::Job& job = submission.job;
+  JobConfig& config = submission.config;
+  if (!fs::path(config.output_dir).is_absolute()) {
+    config.output_dir = (options_.outputs_dir / absl::StrCat(FileNameOf(job.name()), "-", id)).string();
+  }
+  job.set_id(id);
+  job.set_output_dir(config.output_dir);
+  job.set_config_yaml(JobConfigToYaml(config));
+  return absl::OkStatus();
+}
+
+void Dispatcher::Submit(Submission submission, const std::string& request_id, Moment now, SubmitDone done) {
   if (const auto earlier = by_request_id_.find(request_id); !request_id.empty() && earlier != by_request_id_.end()) {
     JobRecord& record = *earlier->second;
     if (record.request_digest != submission.request_digest) {
@@ -403,37 +416,29 @@ void Dispatcher::Submit(const Submission& submission, const std::string& request
     });
     return;
   }
-  const absl::StatusOr<std::string> id = NewJobId();
-  if (!id.ok()) return done(id.status());
-
-  StoredJob stored{.sequence = next_sequence_, .request_digest = submission.request_digest, .job = submission.job};
-  JobConfig config = submission.config;
-  fs::path output_dir = config.output_dir;
-  if (!output_dir.is_absolute()) {
-    output_dir = options_.outputs_dir / absl::StrCat(FileNameOf(submission.job.name()), "-", *id);
+  if (absl::Status status = Check(submission.job, submission.job.output_dir()); !status.ok()) {
+    return done(std::move(status));
   }
-  config.output_dir = output_dir.string();
-  if (absl::Status status = Check(stored.job, config.output_dir); !status.ok()) return done(std::move(status));
+  StoredJob stored{.sequence = next_sequence_,
+                   .request_digest = std::move(submission.request_digest),
+                   .job = std::move(submission.job)};
   v1::Job& job = stored.job;
-  job.set_id(*id);
-  job.set_request_id(request_id.empty() ? *id : request_id);
+  job.set_request_id(request_id.empty() ? job.id() : request_id);
   job.set_state(v1::JOB_STATE_QUEUED);
   job.set_reason("waiting for its turn");
-  job.set_output_dir(config.output_dir);
-  job.set_config_yaml(JobConfigToYaml(config));
   *job.mutable_create_time() = ToTimestamp(now.unix_ms);
   Write(jobs_.InsertJob(stored));
   std::string yaml = std::move(*job.mutable_config_yaml());
   job.clear_config_yaml();
   JobRecord& record = AddRecord(std::move(stored));
-  record.info = InfoOf(config);
-  record.config = std::make_unique<const JobConfig>(std::move(config));
+  record.info = InfoOf(submission.config);
+  record.config = std::make_unique<const JobConfig>(std::move(submission.config));
   record.waiting_since_ms = EvenMillis(now);
   Queue(record);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
   acknowledgements_.push_back(
-      [&record, yaml = std::move(yaml), notes = submission.notes, done = std::move(done)](const absl::Status& status) {
+      [&record, yaml = std::move(yaml), notes = std::move(submission.notes), done = std::move(done)](const absl::Status& status) {
         if (!status.ok()) return done(status);
         v1::SubmitJobResponse response;
         *response.mutable_job() = record.job;

@@ -45,7 +45,7 @@ namespace simpo {
 // that rank 0 hears of it, follows once Flush finds that the points are stored; the end of an attempt waits for
 // its points too. Nothing else waits for them.
 //
-// For one thread, which tells it the time. An error of the stores is kept and comes back from Flush.
+// For one thread, which tells it the time (but Prepare). An error of the stores is kept and comes back from Flush.
 class Dispatcher {
  public:
   struct Options {
@@ -84,9 +84,13 @@ class Dispatcher {
   // coordinator left: gangs that run go on, one that was about to be started is started.
   void Adopt(Launcher& launcher, Moment now);
 
+  // Gives a checked submission the id, the output folder and the file that its job will have. From any thread: a file
+  // of 1 MiB is not to hold up decisions.
+  absl::Status Prepare(Submission& submission) const;
+
   // --- what users ask. `done` is called by Flush, or at once with an error.
-  // The same request_id again gives the same job; with another digest it is ALREADY_EXISTS.
-  void Submit(const Submission& submission, const std::string& request_id, Moment now, SubmitDone done);
+  // Of a prepared submission. The same request_id again gives the same job; with another digest it is ALREADY_EXISTS.
+  void Submit(Submission submission, const std::string& request_id, Moment now, SubmitDone done);
   // What only this coordinator, as it stands now, has against a job; see also CheckSubmission. `output_dir`: empty
   // where it is to be chosen here.
   absl::Status Check(const v1::Job& job, const std::string& output_dir);

@@ -45,9 +45,14 @@ class DispatcherTest : public ::testing::Test {
     Flush();
   }
 
+  Submission Prepared(const v1::SubmitJobRequest& request) {
+    Submission submission = CheckSubmission(request, 4);
+    EXPECT_TRUE(dispatcher_->Prepare(submission).ok());
+    return submission;
+  }
   absl::StatusOr<v1::SubmitJobResponse> Submit(const std::string& yaml, const std::string& request_id = "") {
     absl::StatusOr<v1::SubmitJobResponse> result = absl::UnknownError("not answered");
-    const Submission submission = CheckSubmission(SubmitRequest(yaml, request_id), 4);
+    const Submission submission = Prepared(SubmitRequest(yaml, request_id));
     EXPECT_TRUE(submission.violations.empty());
     dispatcher_->Submit(submission, request_id, now_, [&](auto answer) { result = std::move(answer); });
     Flush();
@@ -1143,7 +1148,7 @@ TEST_F(DispatcherTest, AUserMayHaveSoManyJobs) {
   v1::SubmitJobRequest request = SubmitRequest(JobYaml());
   request.set_user("bob");
   bool bob = false;
-  dispatcher_->Submit(CheckSubmission(request, 4), "", now_, [&](const auto& answer) { bob = answer.ok(); });
+  dispatcher_->Submit(Prepared(request), "", now_, [&](const auto& answer) { bob = answer.ok(); });
   Flush();
   EXPECT_TRUE(bob);
   StartCoordinator();
@@ -1186,8 +1191,7 @@ TEST_F(DispatcherTest, PointsThatWaitForTheirDiskHoldUpNoState) {
   EXPECT_EQ(channel->acknowledged(), -1);
   EXPECT_EQ(Job(id).progress().step(), 0) << "what is shown is stored";
   bool answered = false;
-  dispatcher_->Submit(CheckSubmission(SubmitRequest(JobYaml()), 4), "", now_,
-                      [&](auto answer) { answered = answer.ok(); });
+  dispatcher_->Submit(Prepared(SubmitRequest(JobYaml())), "", now_, [&](auto answer) { answered = answer.ok(); });
   ASSERT_OK(dispatcher_->Flush(now_));
   EXPECT_TRUE(answered);
   const auto again = std::make_shared<FakeChannel>();
@@ -1278,8 +1282,7 @@ TEST_F(DispatcherTest, PointsOfJobsThatEndedLongAgoAreThinned) {
 TEST_F(DispatcherTest, NothingIsAcknowledgedThatIsNotOnDisk) {
   bool answered = false;
   absl::Status answer;
-  const Submission submission = CheckSubmission(SubmitRequest(JobYaml()), 4);
-  dispatcher_->Submit(submission, "", now_, [&](auto result) {
+  dispatcher_->Submit(Prepared(SubmitRequest(JobYaml())), "", now_, [&](auto result) {
     answered = true;
     answer = result.status();
   });

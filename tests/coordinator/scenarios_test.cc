@@ -227,6 +227,7 @@ class DispatcherWorld final : public World {
     submission.job.set_priority(job.priority);
     submission.job.set_user(job.owner.user);
     submission.job.mutable_labels()->insert(job.owner.labels.begin(), job.owner.labels.end());
+    ASSERT_TRUE(dispatcher_->Prepare(submission).ok());
     dispatcher_->Submit(submission, "", Now(), [&](const auto& answer) {
       ASSERT_TRUE(answer.ok()) << answer.status();
       ids_[job.name] = answer->job().id();
