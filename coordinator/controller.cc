@@ -121,7 +121,7 @@ bool Controller::Work(const std::deque<Event>& events, bool tick, bool last) {
 
 void Controller::Submit(Submission submission, std::string request_id, const Dispatcher::SubmitDone& done) {
   if (absl::Status status = dispatcher_.Prepare(submission); !status.ok()) return done(std::move(status));
-  const size_t bytes = 2 * submission.job.config_yaml().size();  // as read and as a file; a short one may say much
+  const size_t bytes = submission.job.config_yaml().size();  // a short file may stand for a large job
   Post(of_users_,
        {.apply = [this, submission = std::move(submission), request_id = std::move(request_id),
                   done](Moment now) mutable { dispatcher_.Submit(std::move(submission), request_id, now, done); },

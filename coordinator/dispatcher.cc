@@ -437,15 +437,15 @@ void Dispatcher::Submit(Submission submission, const std::string& request_id, Mo
   Queue(record);
   AddEvent(record, "submitted", absl::StrCat("submitted", job.user().empty() ? "" : " by ", job.user()), now.unix_ms);
   placement_due_ = true;
-  acknowledgements_.push_back(
-      [&record, yaml = std::move(yaml), notes = std::move(submission.notes), done = std::move(done)](const absl::Status& status) {
-        if (!status.ok()) return done(status);
-        v1::SubmitJobResponse response;
-        *response.mutable_job() = record.job;
-        response.mutable_job()->set_config_yaml(yaml);
-        response.mutable_notes()->Add(notes.begin(), notes.end());
-        done(std::move(response));
-      });
+  acknowledgements_.push_back([&record, yaml = std::move(yaml), notes = std::move(submission.notes),
+                               done = std::move(done)](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    v1::SubmitJobResponse response;
+    *response.mutable_job() = record.job;
+    response.mutable_job()->set_config_yaml(yaml);
+    response.mutable_notes()->Add(notes.begin(), notes.end());
+    done(std::move(response));
+  });
 }
 
 void Dispatcher::Cancel(const std::string& job_id, Moment now, CancelDone done) {

@@ -45,7 +45,8 @@ namespace simpo {
 // that rank 0 hears of it, follows once Flush finds that the points are stored; the end of an attempt waits for
 // its points too. Nothing else waits for them.
 //
-// For one thread, which tells it the time (but Prepare). An error of the stores is kept and comes back from Flush.
+// For one thread, which tells it the time; Prepare is for any. An error of the stores is kept and comes back from
+// Flush.
 class Dispatcher {
  public:
   struct Options {

@@ -452,7 +452,7 @@ int Main(int argc, char** argv) {
     std::fprintf(stderr, "usage: gpu_test [--stand-in]\n");
     return 2;
   }
-  setvbuf(stdout, nullptr, _IOLBF, 0);  // a crash hides no line
+  setvbuf(stdout, nullptr, _IOLBF, 0);                            // a crash hides no line
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // what cuBLAS asks for to be deterministic
   const int devices = cuda::DeviceCount();
   if (devices == 0 || (!g_stand_in && !at::hasCUDA())) {
