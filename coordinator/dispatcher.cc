@@ -183,7 +183,6 @@ JobRecord& Dispatcher::AddRecord(StoredJob stored) {
     to_remove_.insert(ended);
     to_thin_.insert(ended);
   } else {
-    live_[result.sequence] = &result;
     live_output_dirs_[result.job.output_dir()] = &result;
     ++live_of_user_[result.job.user()];
   }
@@ -268,9 +267,7 @@ void Dispatcher::Adopt(Launcher& launcher, Moment now) {
     const JobRecord* record = FindRecord(job_id);
     return record != nullptr && !IsFinal(record->job.state());
   });
-  for (const auto& [sequence, record] : live_) {
-    if (HoldsGang(record->job.state())) AdoptGang(*record, now);
-  }
+  for (JobRecord* record : WithGang()) AdoptGang(*record, now);
 }
 
 void Dispatcher::AddEvent(JobRecord& record, const std::string& type, const std::string& message, int64_t unix_ms) {
@@ -300,7 +297,6 @@ bool Dispatcher::Apply(JobRecord& record, JobTrigger trigger, const std::string&
   record.job.set_reason(ToUtf8(reason, kMaxReasonBytes));
   if (IsFinal(transition->next)) {
     *record.job.mutable_end_time() = ToTimestamp(now.unix_ms);
-    live_.erase(record.sequence);
     live_output_dirs_.erase(record.job.output_dir());
     if (const auto user = live_of_user_.find(record.job.user()); --user->second == 0) live_of_user_.erase(user);
     // It is kept for long: without what only live jobs need.

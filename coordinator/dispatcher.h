@@ -171,6 +171,8 @@ class Dispatcher {
   void FailAll(const absl::Status& status);
 
   // dispatcher_gangs.cc: attempts and their ranks.
+  // The jobs that hold slots, by sequence: from Adopt on each has a gang. A long queue costs the ticks nothing.
+  std::vector<JobRecord*> WithGang() const;
   void AdoptGang(JobRecord& record, Moment now);
   // Has its ranks let in, and lets them know where; what fails is done at the next tick.
   void OpenTo(JobRecord& record);
@@ -211,8 +213,7 @@ class Dispatcher {
 
   std::map<int64_t, std::unique_ptr<JobRecord>> records_;  // by sequence
   std::unordered_map<std::string, JobRecord*> by_id_, by_request_id_;
-  std::map<int64_t, JobRecord*> live_;                  // those that have not ended
-  std::map<std::string, JobRecord*> live_output_dirs_;  // and where they write
+  std::map<std::string, JobRecord*> live_output_dirs_;  // where those write that have not ended
   std::unordered_map<std::string, int> live_of_user_;   // and how many each user has
   std::vector<JobRecord*> changed_;                     // since the last publication
   std::vector<JobRecord*> heard_;                       // whose ranks were, since the last tick

@@ -402,9 +402,15 @@ void Dispatcher::Terminate(JobRecord& record, Moment now) {
   gang.termination_heard = sent && gang.phase != GangStatus::Phase::kStarting;
 }
 
+std::vector<JobRecord*> Dispatcher::WithGang() const {
+  std::vector<JobRecord*> result;
+  for (const auto& [sequence, running] : queue_.cluster().running()) result.push_back(records_.at(sequence).get());
+  return result;
+}
+
 void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration since_tick) {
   if (since_tick < options_.liveness.heartbeat / kTicksOfALimit && !metrics_.IsBehind()) return;
-  for (const auto& [sequence, record] : live_) {
+  for (JobRecord* record : WithGang()) {
     if (!record->gang) continue;
     Gang& gang = *record->gang;
     if (gang.started) gang.started = std::min(now.steady, *gang.started + since_tick);
@@ -416,16 +422,14 @@ void Dispatcher::ExcuseSilence(Moment now, std::chrono::steady_clock::duration s
 }
 
 void Dispatcher::Tick(Moment now) {
-  std::vector<JobRecord*> with_gang;
-  for (const auto& [sequence, record] : live_) {
+  for (JobRecord* record : WithGang()) {
     if (!record->gang) continue;
     if (record->gang->launched) {
-      with_gang.push_back(record);
+      TendGang(*record, now);
     } else {
       launches_.push_back(record);  // could not be looked at, see Launch
     }
   }
-  for (JobRecord* record : with_gang) TendGang(*record, now);
   for (JobRecord* record : std::exchange(heard_, {})) {
     record->heard = false;
     Changed(*record, /*for_watchers=*/false);

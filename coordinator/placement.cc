@@ -128,6 +128,7 @@ void Scheduler::LeaveLine(int64_t sequence) {
       promotions_.erase({since + steps * options_.starvation_ms, sequence});
     }
   }
+  untold_.erase(sequence);
   waiting_.erase(found);
 }
 
@@ -135,6 +136,7 @@ void Scheduler::Wait(WaitingJob job) {
   Remove(job.sequence);
   const int64_t sequence = job.sequence;
   Waiting& waiting = waiting_[sequence];
+  untold_.insert(sequence);
   waiting.never = NeverStarts(job.shape, job.owner);
   waiting.quotas = QuotasOf(job.owner);
   waiting.job = std::move(job);
@@ -239,19 +241,23 @@ void Scheduler::Preempt(PlacementDecision* decision) {
 
 void Scheduler::Explain(int64_t now_ms, int first, int from, int count,
                         const std::function<void(int64_t, std::string)>& tell) {
-  int number = 0;
-  for (const Place& place : line_) {
-    Waiting& waiting = *place.waiting;
-    ++number;
-    const bool asked = number <= first || (number >= from && number < from + count);
-    if (!asked && !waiting.untold) continue;
-    waiting.untold = false;
-    tell(place.sequence, Reason(waiting, number, now_ms));
-  }
-  if (line_.size() == waiting_.size()) return;
-  for (auto& [sequence, waiting] : waiting_) {
-    if (waiting.never.empty() || !std::exchange(waiting.untold, false)) continue;
-    tell(sequence, absl::StrCat("can never start here: ", waiting.never));
+  const auto tell_from = [&](int number, int end) {
+    if (number > in_line()) return;
+    for (auto place = line_.find_by_order(number - 1); place != line_.end() && number < end; ++place, ++number) {
+      untold_.erase(place->sequence);
+      tell(place->sequence, Reason(*place->waiting, number, now_ms));
+    }
+  };
+  tell_from(1, first + 1);
+  tell_from(std::max(from, first + 1), from + count);
+  for (int64_t sequence : std::exchange(untold_, {})) {
+    const Waiting& waiting = waiting_.at(sequence);
+    if (!waiting.never.empty()) {
+      tell(sequence, absl::StrCat("can never start here: ", waiting.never));
+      continue;
+    }
+    const auto place = static_cast<int>(line_.order_of_key({waiting.rank(), sequence, nullptr})) + 1;
+    tell(sequence, Reason(waiting, place, now_ms));
   }
 }
 

@@ -2,6 +2,7 @@
 #define SIMPO_COORDINATOR_PLACEMENT_H_
 
 #include <cstdint>
+#include <ext/pb_ds/assoc_container.hpp>
 #include <functional>
 #include <map>
 #include <optional>
@@ -94,8 +95,7 @@ class Scheduler {
     WaitingJob job;
     std::vector<int> quotas;  // that it counts in
     int gain = 0;
-    std::string never;   // why it can never start; empty: it is in line
-    bool untold = true;  // its reason has not been told yet
+    std::string never;  // why it can never start; empty: it is in line
     int64_t rank() const { return static_cast<int64_t>(job.priority) + gain; }
   };
   struct Place {
@@ -106,6 +106,9 @@ class Scheduler {
       return rank != other.rank ? rank > other.rank : sequence < other.sequence;
     }
   };
+  // A set that knows what place each has, and who has a place, in the logarithm of its size.
+  using Line = __gnu_pbds::tree<Place, __gnu_pbds::null_type, std::less<Place>, __gnu_pbds::rb_tree_tag,
+                                __gnu_pbds::tree_order_statistics_node_update>;
 
   std::vector<int> QuotasOf(const JobOwner& owner);
   const Quota* Exceeded(const Waiting& waiting) const;
@@ -126,7 +129,8 @@ class Scheduler {
   std::map<std::string, int> quota_of_user_;  // -1: none
   std::map<std::string, int> quota_of_label_;
   std::unordered_map<int64_t, Waiting> waiting_;  // by sequence
-  std::set<Place> line_;
+  Line line_;
+  std::set<int64_t> untold_;                          // of waiting_, whose reasons have not been told yet
   std::set<std::pair<int64_t, int64_t>> promotions_;  // (when, sequence) of the next gain of each
   std::map<int64_t, std::string> makes_room_for_;     // by victim: the id of the job
   // Of the last decision: who keeps room, and from when on it is there.
