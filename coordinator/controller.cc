@@ -175,8 +175,8 @@ void Controller::Attach(v1::Hello hello, const std::shared_ptr<RankChannel>& cha
 void Controller::Receive(RankId from, v1::AttachRequest message, std::function<void()> taken) {
   Post(of_ranks_,
        {.apply =
-            [this, from = std::move(from), message = std::move(message), taken = std::move(taken)](Moment now) {
-              dispatcher_.Receive(from, message, now);
+            [this, from = std::move(from), message = std::move(message), taken = std::move(taken)](Moment now) mutable {
+              dispatcher_.Receive(from, std::move(message), now);
               dispatcher_.WhenRoom(taken);
             },
         .refuse = [](const absl::Status&) {}});

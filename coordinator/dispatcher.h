@@ -107,7 +107,7 @@ class Dispatcher {
 
   // --- what ranks say. What comes from another attempt than the current one is turned away.
   void Attach(const v1::Hello& hello, const std::shared_ptr<RankChannel>& channel, Moment now);
-  void Receive(const RankId& from, const v1::AttachRequest& message, Moment now);
+  void Receive(const RankId& from, v1::AttachRequest message, Moment now);
   // Calls `taken` when more points may come: at once, or by Flush when too many wait to be stored.
   void WhenRoom(std::function<void()> taken);
   // The stream is at its end; it is closed once all that came by it is on disk.

@@ -212,7 +212,7 @@ void Dispatcher::Attach(const v1::Hello& hello, const std::shared_ptr<RankChanne
   Changed(*record, /*for_watchers=*/false);
 }
 
-void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, Moment now) {
+void Dispatcher::Receive(const RankId& from, v1::AttachRequest message, Moment now) {
   JobRecord* record = nullptr;
   Gang* gang = GangOf(from, &record);
   if (gang == nullptr) return;
@@ -225,7 +225,7 @@ void Dispatcher::Receive(const RankId& from, const v1::AttachRequest& message, M
     TakeHeartbeat(*record, from, message.heartbeat(), now);
   }
   if (message.has_step()) health.last_moved = now.steady;
-  if (message.has_step() && from.rank == 0) TakeReport(*record, message.step(), now);
+  if (message.has_step() && from.rank == 0) TakeReport(*record, std::move(*message.mutable_step()), now);
   if (message.has_event()) TakeWorkerEvent(*record, from, message.event(), now);
 }
 
