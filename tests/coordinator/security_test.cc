@@ -343,7 +343,9 @@ TEST_F(ProgramTest, RootWritesAsTheFoldersOwner) {
   fs::create_directory(data_);
   fs::permissions(dir_.path(), fs::perms::others_exec, fs::perm_options::add);
   ASSERT_EQ(chown(data_.c_str(), kSomebody, kSomebody), 0);
+  setenv("LSAN_OPTIONS", "detect_leaks=0", 1);  // a process that has left its account cannot look through itself
   EXPECT_THAT(Create("rita"), HasSubstr("0 "));
+  unsetenv("LSAN_OPTIONS");
   for (const char* name : {"tokens.json", "tokens.json.lock"}) {
     struct stat info = {};
     ASSERT_EQ(stat((dir_ / "data" / name).c_str(), &info), 0);
