@@ -73,7 +73,10 @@ class Parser {
     }
     std::map<std::string, int> lines;
     for (const JobEntry& entry : reading_.entries) {
-      if (entry.line > 0) lines.emplace(entry.key, entry.line);
+      if (entry.line <= 0) continue;
+      lines.emplace(entry.key, entry.line);
+      // What is wrong with several of them together is told where the first stands.
+      if (entry.key.starts_with("resources.")) lines.emplace("resources", entry.line);
     }
     return {std::move(config_), std::move(reading_.notes), std::move(violations), std::move(lines)};
   }

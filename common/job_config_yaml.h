@@ -32,7 +32,7 @@ struct ParsedJob {
   JobConfig config;
   std::vector<std::string> notes;          // filled-in values, conversions, keys without effect here
   std::vector<FieldViolation> violations;  // empty: the job may run
-  std::map<std::string, int> lines;        // of the file's keys, for what is found wrong later
+  std::map<std::string, int> lines;        // of the file's keys and of `resources`, for what is found wrong later
 };
 
 // Parses and checks a job file. Never stops at the first mistake: every violation is reported,

@@ -298,6 +298,8 @@ TEST_F(ServicesTest, WhatOnlyTheCoordinatorSeesHasItsLineToo) {
   std::string message = Submit(request, &response).error_message();
   EXPECT_THAT(message, HasSubstr("test.yaml:5: resume_from_checkpoint: '/no/such/folder' does not exist"));
   EXPECT_THAT(message, HasSubstr("test.yaml:6: output_dir: "));
+  EXPECT_THAT(Submit(SubmitRequest(JobYaml(999)), &response).error_message(),
+              HasSubstr("test.yaml:4: resources: 999 ranks of 1 slots need 999 slots"));
   request.add_overrides("resume_from_checkpoint=/no/such/other");  // no line of the file's
   EXPECT_THAT(Submit(request, &response).error_message(),
               HasSubstr("test.yaml: resume_from_checkpoint: '/no/such/other' does not exist"));
