@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <ext/pb_ds/assoc_container.hpp>
+#include <ext/pb_ds/tree_policy.hpp>
 #include <functional>
 #include <map>
 #include <optional>
