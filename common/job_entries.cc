@@ -100,31 +100,38 @@ std::string WithRemedy(const YAML::Exception& error, std::string_view yaml) {
   return error.msg;
 }
 
-// Where documents begin.
-class DocumentStarts final : public YAML::EventHandler {
+// What nodes do not tell: where documents begin, and where text is broken.
+class TextEvents final : public YAML::EventHandler {
  public:
-  int last_line() const { return last_line_; }
-  void OnDocumentStart(const YAML::Mark& mark) override { last_line_ = mark.line + 1; }
+  int last_start() const { return last_start_; }      // a line, as the next
+  int first_broken() const { return first_broken_; }  // 0: none
+  void OnDocumentStart(const YAML::Mark& mark) override { last_start_ = mark.line + 1; }
   void OnDocumentEnd() override {}
   void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
   void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
-  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+  void OnScalar(const YAML::Mark& mark, const std::string&, YAML::anchor_t, const std::string& value) override {
+    if (size_t bad = 0; first_broken_ == 0 && !IsValidUtf8(value, &bad)) first_broken_ = mark.line + 1;
+  }
   void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
   void OnSequenceEnd() override {}
   void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
   void OnMapEnd() override {}
 
  private:
-  int last_line_ = 0;
+  int last_start_ = 0, first_broken_ = 0;
 };
 
-// The line at which something follows the first document, or 0. YAML::LoadAll would tell too, but takes a stray sign
-// such as a comma for one empty document after the other, without end.
-int LineOfSecondDocument(const std::string& yaml) {
+constexpr char kZeroByte[] = "has a zero byte; a job file is plain text in UTF-8";
+// Of these the library makes single bytes.
+constexpr char kBroken[] = "\\N and \\_ in double quotes are not taken; write \\u0085 or \\u00a0";
+
+// The library's events of so many documents; false: there are fewer. YAML::LoadAll would tell too, but takes a stray
+// sign such as a comma for one empty document after the other, without end.
+bool ReadEvents(const std::string& yaml, int documents, TextEvents* events) {
   std::istringstream text(yaml);
   YAML::Parser parser(text);
-  DocumentStarts starts;
-  return parser.HandleNextDocument(starts) && parser.HandleNextDocument(starts) ? starts.last_line() : 0;
+  while (documents > 0 && parser.HandleNextDocument(*events)) --documents;
+  return documents == 0;
 }
 
 // The text as one YAML map of entries.
@@ -139,11 +146,22 @@ bool ReadText(std::string_view yaml, JobReading* reading) {
     reading->Violation("", static_cast<int>(line), "the text is not UTF-8");
     return false;
   }
+  // The library takes it for the backslash of an escape.
+  if (const size_t zero = yaml.find('\0'); zero != std::string_view::npos) {
+    const auto line = 1 + std::count(yaml.begin(), yaml.begin() + static_cast<std::ptrdiff_t>(zero), '\n');
+    reading->Violation("", static_cast<int>(line), absl::StrCat("the text ", kZeroByte));
+    return false;
+  }
   const std::string text(yaml);
-  if (const int line = LineOfSecondDocument(text); line > 0) {
-    reading->Violation("", line,
+  TextEvents events;
+  if (ReadEvents(text, 2, &events)) {
+    reading->Violation("", events.last_start(),
                        "a second document begins here, by `---`, by another indent or by a stray sign; a file holds "
                        "one job, its keys all with the same indent");
+    return false;
+  }
+  if (events.first_broken() > 0) {
+    reading->Violation("", events.first_broken(), kBroken);
     return false;
   }
   const YAML::Node document = YAML::Load(text);
@@ -172,9 +190,20 @@ void ReadOverride(const std::string& text, JobReading* reading) {
     reading->Violation("", 0, "a --set is not UTF-8");
     return;
   }
+  if (text.find('\0') != std::string::npos) {
+    reading->Violation("", 0, absl::StrCat("a --set ", kZeroByte));
+    return;
+  }
   try {
+    const std::string value = text.substr(equals + 1);
+    TextEvents events;
+    ReadEvents(value, 1, &events);
+    if (events.first_broken() > 0) {
+      reading->Violation(key, 0, absl::StrCat("--set: ", kBroken));
+      return;
+    }
     YAML::Node map;
-    map[key] = YAML::Load(text.substr(equals + 1));
+    map[key] = YAML::Load(value);
     ReadMap(map, "", 0, reading);
   } catch (const YAML::DeepRecursion&) {
     reading->Violation(key, 0, kTooDeep);

@@ -340,6 +340,15 @@ TEST(JobConfigYaml, WhatIsNoJobFile) {
   EXPECT_THAT(Problems(Parse(", a")), ElementsAre(StartsWith("1: : a second document")));
   EXPECT_THAT(Problems(Parse("  a: 1\nb: 2\n")), ElementsAre(StartsWith("2: : a second document")));
   EXPECT_THAT(Problems(Parse("a: 1\nb: 2\nc: \xff\n")), ElementsAre("3: : the text is not UTF-8"));
+  // The YAML library takes a zero byte for the backslash of an escape, and makes single bytes of \\N and \\_.
+  EXPECT_THAT(Problems(Parse(std::string("a: 1\nb: x\0N\n", 11))),
+              ElementsAre(StartsWith("2: : the text has a zero byte")));
+  EXPECT_THAT(Problems(ParseWith("name: \"a\\Nb\"\n")), ElementsAre(HasSubstr("write \\u0085 or \\u00a0")));
+  EXPECT_THAT(Problems(ParseWith("labels: {\"a\\_b\": c}\n")), ElementsAre(HasSubstr("write \\u0085 or \\u00a0")));
+  EXPECT_THAT(Problems(ParseWith("", {"name=\"a\\Nb\""})), ElementsAre(HasSubstr("--set: \\N and \\_")));
+  EXPECT_THAT(Problems(ParseWith("", {std::string("name=a\0N", 8)})),
+              ElementsAre(HasSubstr("a --set has a zero byte")));
+  EXPECT_EQ(ParseWith("name: \"a\\u0085b\"\n").config.name, "a\u0085b");
   EXPECT_THAT(Problems(Parse(std::string(2 << 20, 'a'))), ElementsAre(HasSubstr("bytes; a job file has at most")));
   EXPECT_THAT(Problems(Parse("[a, b]: c\n")), Contains(HasSubstr("a key must be a word")));
   EXPECT_THAT(Problems(Parse(std::string(100000, '['))), ElementsAre(StartsWith("1: : lists and maps lie too deep")));
