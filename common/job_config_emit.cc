@@ -1,11 +1,9 @@
 // JobConfig back to a job file.
-#include <yaml-cpp/yaml.h>
-
-#include <algorithm>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "common/job_config_yaml.h"
 #include "common/job_keys.h"
 #include "common/job_values.h"
@@ -27,15 +25,27 @@ bool HasLine(const T& value) {
   }
 }
 
-// Text is always quoted, so that no word of it means anything to YAML. The library's emitter asks that of every key
-// and value anew and takes most of the time of a submit; what needs more than quotes is left to it.
+// Text is always quoted, so that no word of it means anything to YAML. Not by the library's emitter: that takes most of
+// the time of a submit, and replaces what Unicode calls no character, as U+FFFF. Escaped is what readers of YAML 1.1
+// take for control characters, ends of lines or marks.
 std::string Quoted(const std::string& text) {
-  const bool plain =
-      std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 && c < 0x7f && c != '"' && c != '\\'; });
-  if (plain) return absl::StrCat("\"", text, "\"");
-  YAML::Emitter out;
-  out << YAML::DoubleQuoted << text;
-  return out.c_str();
+  std::string quoted = "\"";
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    const unsigned char next = i + 1 < text.size() ? static_cast<unsigned char>(text[i + 1]) : 0;
+    if (byte == '"' || byte == '\\') {
+      absl::StrAppend(&quoted, "\\", text.substr(i, 1));
+    } else if (byte < 0x20 || byte == 0x7f) {
+      absl::StrAppend(&quoted, "\\x", absl::Hex(byte, absl::kZeroPad2));
+    } else if (byte == 0xc2 && next >= 0x80 && next <= 0xa0) {  // U+0080 to U+00A0
+      absl::StrAppend(&quoted, "\\u", absl::Hex(next, absl::kZeroPad4));
+      ++i;
+    } else {
+      quoted += text[i];
+    }
+  }
+  quoted += '"';
+  return absl::StrReplaceAll(quoted, {{"\u2028", "\\u2028"}, {"\u2029", "\\u2029"}, {"\ufeff", "\\ufeff"}});
 }
 
 // What follows a key and its colon, with the end of the line. `indent` is that of the key.

@@ -399,6 +399,22 @@ TEST(JobConfigYaml, AnEmptyTextLeavesTheDefault) {
   EXPECT_EQ(config.metric_for_best_model, "eval_loss");
 }
 
+TEST(JobConfigYaml, AnyCharacterIsWrittenAndReadAgain) {
+  JobConfig config = ConfigOf(Parse(std::string(kRequired)));
+  for (char32_t c :
+       {U'\x01', U'\t',     U'\n',     U'\r',     U'"',      U'\\',     U'\x7f',   U'\x80',   U'\x85',    U'\xa0',
+        U'\xe9', U'\x2028', U'\x2029', U'\xfdd0', U'\xfeff', U'\xfffd', U'\xfffe', U'\xffff', U'\x1f600', U'\x1ffff'}) {
+    const std::string text = std::filesystem::path(std::u32string({c})).string();
+    config.labels["a" + text] = text + " b" + text + text;
+  }
+  const std::string written = JobConfigToYaml(config);
+  EXPECT_EQ(ConfigOf(Parse(written)), config) << written;
+  for (const char* escaped :
+       {"\\x01", "\\x0a", "\\\"", "\\x7f", "\\u0085", "\\u00a0", "\\u2028", "\\ufeff", "\u00e9"}) {
+    EXPECT_THAT(written, HasSubstr(escaped));
+  }
+}
+
 TEST(JobConfigYaml, ALongNameIsWrittenAndReadAgain) {
   const std::string path = "/" + std::string(3000, 'd');
   const JobConfig config = ConfigOf(Parse("model_name_or_path: m\ndataset_mixer:\n  ? " + path + "\n  : 0.5\n"));
