@@ -57,6 +57,7 @@ std::map<std::string, double> Evaluate(const Decoder& decoder, ShardedParams& pa
   for (const std::vector<int64_t>& indices :
        MicroBatchesOfRank(all, tokens, max_tokens, max_pairs, comm.rank(), comm.world_size())) {
     std::vector<TokenizedPair> pairs;
+    pairs.reserve(indices.size());
     for (int64_t i : indices) pairs.push_back(data[i]);
     stats += ForwardOnly(decoder, params, Pack(pairs, share_up_to), loss);
     comm.activity().Moved();
