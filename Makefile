@@ -72,12 +72,14 @@ faults: build
 	@SIMPO_LONG_TESTS=1 ctest --test-dir build --output-on-failure --no-tests=error \
 	  -R "user_calls|UserCall|WorkerCalls|service_stalls|service_network|service_disk|service_clock|service_slow_disk|slow_clients"
 
+# kernels_cpu.cc asks for x86-64-v3 by a name that clang 14 does not know.
 lint:
 	@deploy/install-deps.sh --with lint
 	@git ls-files '*.h' '*.cc' | xargs clang-format --dry-run --Werror
 	@cmake --preset $(PRESET) -B build-lint -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON --log-level=WARNING  # clang reads no gcc's
 	@cmake --build build-lint --target simpo_proto -j $(JOBS)
-	@git ls-files 'common/*.cc' 'coordinator/*.cc' 'simpoctl/*.cc' 'worker/*.cc' | xargs -P $(JOBS) -n 4 clang-tidy -p build-lint --quiet
+	@git ls-files 'common/*.cc' 'coordinator/*.cc' 'simpoctl/*.cc' 'worker/*.cc' ':!worker/model/kernels_cpu.cc' | \
+	  xargs -P $(JOBS) -n 4 clang-tidy -p build-lint --quiet
 
 clean:
 	@rm -rf build build-* run

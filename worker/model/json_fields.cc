@@ -68,7 +68,7 @@ bool JsonFields::Bool(const char* key, bool fallback) {
   return fallback;
 }
 
-std::string JsonFields::Text(const char* key, std::optional<std::string> fallback) {
+std::string JsonFields::Text(const char* key, const std::optional<std::string>& fallback) {
   if (!Given(key, fallback.has_value())) return fallback.value_or("");
   if (object_[key].is_string()) return object_[key].get<std::string>();
   Fail(key, "must be a string");

@@ -26,7 +26,7 @@ class JsonFields {
   // A finite number above zero.
   double Positive(const char* key, std::optional<double> fallback = std::nullopt);
   bool Bool(const char* key, bool fallback);
-  std::string Text(const char* key, std::optional<std::string> fallback = std::nullopt);
+  std::string Text(const char* key, const std::optional<std::string>& fallback = std::nullopt);
   const nlohmann::json& Array(const char* key);   // required
   const nlohmann::json& Object(const char* key);  // required
 
