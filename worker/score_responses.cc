@@ -82,7 +82,7 @@ class Scorer {
   at::Tensor Moved(const at::Tensor& host) const { return host.to(normed_NH_.device()); }
 
   at::Tensor Logits(int64_t row, int64_t count) const {
-    const at::Tensor logits = at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
+    at::Tensor logits = at::mm(normed_NH_.narrow(0, row, count), head_->value().t());
     if (softcap_ > 0) SIMPO_KERNEL(logits, SoftcapInPlace)(logits, softcap_);
     return logits;
   }

@@ -380,6 +380,7 @@ absl::StatusOr<SafetensorsWriter::Written> WriteSafetensors(
     const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
     const std::map<std::string, std::string>& metadata) {
   std::vector<SafetensorsWriter::TensorSpec> specs;
+  specs.reserve(tensors.size());
   for (const auto& [name, tensor] : tensors) specs.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
   SIMPO_ASSIGN_OR_RETURN(const auto writer, SafetensorsWriter::Create(path, specs, metadata));
   for (const auto& [name, tensor] : tensors) SIMPO_RETURN_IF_ERROR(writer->Append(tensor));

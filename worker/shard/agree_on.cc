@@ -18,7 +18,7 @@ constexpr int64_t kMaxTextBytes = 4096;
 std::string BroadcastText(const std::string& text, int root, Collectives& comm) {
   at::Tensor bytes = at::zeros({kMaxTextBytes}, at::kByte);
   char* data = static_cast<char*>(bytes.data_ptr());
-  if (comm.rank() == root) std::memcpy(data, text.data(), std::min<size_t>(text.size(), kMaxTextBytes));
+  if (comm.rank() == root) std::copy_n(text.data(), std::min<size_t>(text.size(), kMaxTextBytes), data);
   comm.Broadcast(bytes, root);
   return std::string(data, strnlen(data, kMaxTextBytes));
 }

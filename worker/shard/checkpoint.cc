@@ -81,8 +81,7 @@ absl::Status ReadOverlap(const SafetensorsFile& file, int stored_rank, int64_t s
 }
 
 // Fills this rank's slice of every bucket from the shards that hold parts of it.
-absl::Status ReadShards(const fs::path& path, const CheckpointManifest& manifest, ShardedParams& params,
-                        Collectives& comm) {
+absl::Status ReadShards(const fs::path& path, const CheckpointManifest& manifest, ShardedParams& params) {
   std::map<std::string, int64_t> stored_numel;
   for (const CheckpointManifest::Layout& bucket : manifest.buckets) {
     stored_numel[bucket.name] = bucket.shard_numel;
@@ -178,7 +177,7 @@ absl::StatusOr<TrainerState> LoadCheckpoint(const fs::path& path, ShardedParams&
   if (status.ok()) status = CheckLayout(path, *manifest, params);
   if (status.ok()) status = CheckShardFiles(path, *manifest, comm.rank(), comm.world_size());
   SIMPO_RETURN_IF_ERROR(AgreeOn(status, comm, "checking the checkpoint"));
-  SIMPO_RETURN_IF_ERROR(AgreeOn(ReadShards(path, *manifest, params, comm), comm, "reading the checkpoint"));
+  SIMPO_RETURN_IF_ERROR(AgreeOn(ReadShards(path, *manifest, params), comm, "reading the checkpoint"));
   params.SpreadAll();
   return manifest->state;
 }

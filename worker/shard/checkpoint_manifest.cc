@@ -120,7 +120,7 @@ OrderedJson FormatFiles(const std::vector<CheckpointManifest::File>& files) {
   return json;
 }
 
-CheckpointManifest ParseFields(const Json& json, JsonFields& fields) {
+CheckpointManifest ParseFields(JsonFields& fields) {
   CheckpointManifest manifest;
   const int64_t format = fields.Integer("format", 0, kMaxElements);
   if (format < 1 || format > kFormat) {
@@ -219,7 +219,7 @@ absl::StatusOr<CheckpointManifest> ParseManifest(const std::string& text, const 
   const absl::StatusOr<Json> json = ParseJsonObject(text, where);
   if (!json.ok()) return absl::DataLossError(json.status().message());
   JsonFields fields(*json, where);
-  CheckpointManifest manifest = ParseFields(*json, fields);
+  CheckpointManifest manifest = ParseFields(fields);
   if (!fields.status().ok()) return absl::DataLossError(fields.status().message());
   return manifest;
 }

@@ -52,6 +52,7 @@ std::vector<std::string> GatherDigests(const std::string& mine, Collectives& com
   std::memcpy(text + comm.rank() * kDigestLength, mine.data(), kDigestLength);
   comm.AllGather(digests);
   std::vector<std::string> result;
+  result.reserve(comm.world_size());
   for (int rank = 0; rank < comm.world_size(); ++rank) {
     result.emplace_back(text + rank * kDigestLength, kDigestLength);
   }

@@ -272,7 +272,7 @@ absl::Status ExportCheckpoint(const fs::path& checkpoint, const fs::path& to, in
     SIMPO_RETURN_IF_ERROR(WriteCheckpointWeights(checkpoint, manifest, PartialFolder(to), max_file_bytes));
     return PublishFolder(to);
   };
-  const absl::Status status = write();
+  absl::Status status = write();
   if (!status.ok()) RemovePartial(to).IgnoreError();
   return status;
 }
