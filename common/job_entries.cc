@@ -141,15 +141,16 @@ bool ReadText(std::string_view yaml, JobReading* reading) {
                        absl::StrCat("the file has ", yaml.size(), " bytes; a job file has at most ", kMaxJobFileBytes));
     return false;
   }
+  const auto line_at = [&](size_t offset) {
+    return static_cast<int>(1 + std::count(yaml.begin(), yaml.begin() + static_cast<std::ptrdiff_t>(offset), '\n'));
+  };
   if (size_t bad = 0; !IsValidUtf8(yaml, &bad)) {
-    const auto line = 1 + std::count(yaml.begin(), yaml.begin() + static_cast<std::ptrdiff_t>(bad), '\n');
-    reading->Violation("", static_cast<int>(line), "the text is not UTF-8");
+    reading->Violation("", line_at(bad), "the text is not UTF-8");
     return false;
   }
   // The library takes it for the backslash of an escape.
   if (const size_t zero = yaml.find('\0'); zero != std::string_view::npos) {
-    const auto line = 1 + std::count(yaml.begin(), yaml.begin() + static_cast<std::ptrdiff_t>(zero), '\n');
-    reading->Violation("", static_cast<int>(line), absl::StrCat("the text ", kZeroByte));
+    reading->Violation("", line_at(zero), absl::StrCat("the text ", kZeroByte));
     return false;
   }
   const std::string text(yaml);

@@ -1,5 +1,6 @@
 // A Dispatcher that is told stories of jobs moment by moment. No thread, no process, no waiting.
-#pragma once
+#ifndef SIMPO_TESTS_COORDINATOR_DISPATCHER_FIXTURE_H_
+#define SIMPO_TESTS_COORDINATOR_DISPATCHER_FIXTURE_H_
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -106,3 +107,5 @@ class DispatcherTest : public ::testing::Test {
 };
 
 }  // namespace simpo
+
+#endif  // SIMPO_TESTS_COORDINATOR_DISPATCHER_FIXTURE_H_
